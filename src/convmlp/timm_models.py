@@ -1,0 +1,114 @@
+"""Registers the ConvMLP models with timm: `import convmlp.timm_models`, then `timm.create_model('convmlp_s')`."""
+
+from typing import Any
+
+import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from .model import ConvMLP
+from .zoo import FIRST_CONV, VARIANTS, adapt_state_dict, checkpoint_urls, extract_state_dict
+
+__all__: list[str] = []
+
+# Settings of the fine-tuned checkpoints that differ from ImageNet's
+_FINE_TUNED: dict[str, dict[str, Any]] = {
+    "cifar10": dict(num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
+    "flowers102": dict(num_classes=102, mean=(0.4353, 0.3773, 0.2872), std=(0.2966, 0.2455, 0.2698)),
+}
+
+
+def _cfg(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": checkpoint_urls(variant, dataset)[0],
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": FIRST_CONV,
+        "classifier": "head",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2109.04454",
+        "paper_name": "ConvMLP: Hierarchical Convolutional MLPs for Vision",
+        "origin_url": "https://github.com/SHI-Labs/Convolutional-MLPs",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"{v}.in1k": _cfg(v) for v in VARIANTS},
+        **{
+            f"{v}.in1k_ft_{dataset}": _cfg(v, dataset, crop_pct=1.0, **settings)
+            for v in VARIANTS
+            for dataset, settings in _FINE_TUNED.items()
+        },
+        **{f"{v}_classification.in1k": _cfg(v) for v in VARIANTS},
+    }
+)
+
+
+def _fit(state_dict: dict[str, torch.Tensor], model: ConvMLP) -> dict[str, torch.Tensor]:
+    """Check the file against the model before timm's loader does, which would leave a mismatch at random values.
+
+    timm also drops the head wherever its table, rather than the file, has another number of classes than the model.
+    So the table is told what the file holds, and a checkpoint of one's own classes loads whole.
+    """
+    state_dict = extract_state_dict(state_dict)
+    adapted = adapt_state_dict(state_dict, model)
+    adapted[f"{FIRST_CONV}.weight"] = state_dict[f"{FIRST_CONV}.weight"]  # input channels are timm's to adapt
+    if "head.weight" in state_dict:
+        model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
+    return adapted
+
+
+def _create(name: str, pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    variant = name.removesuffix("_classification")
+    return build_model_with_cfg(
+        ConvMLP,
+        name,
+        pretrained,
+        pretrained_filter_fn=_fit,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **{**VARIANTS[variant], "final_norm": True, **kwargs},
+    )
+
+
+@register_model
+def convmlp_s(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-S."""
+    return _create("convmlp_s", pretrained, **kwargs)
+
+
+@register_model
+def convmlp_m(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-M."""
+    return _create("convmlp_m", pretrained, **kwargs)
+
+
+@register_model
+def convmlp_l(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-L."""
+    return _create("convmlp_l", pretrained, **kwargs)
+
+
+@register_model
+def convmlp_s_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-S under the name of the reference's recipes."""
+    return _create("convmlp_s_classification", pretrained, **kwargs)
+
+
+@register_model
+def convmlp_m_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-M under the name of the reference's recipes."""
+    return _create("convmlp_m_classification", pretrained, **kwargs)
+
+
+@register_model
+def convmlp_l_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """ConvMLP-L under the name of the reference's recipes."""
+    return _create("convmlp_l_classification", pretrained, **kwargs)
