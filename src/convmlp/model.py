@@ -54,6 +54,10 @@ class ConvMLP(nn.Module):
             raise ValueError(f"one entry a stage is needed in each, got {blocks=}, {dims=}, {mlp_ratios=}")
         if channels < 2 or channels % 2:
             raise ValueError(f"the tokenizer needs an even width, got {channels=}")
+        if min(*blocks, n_conv_blocks) < 0 or min(dims) < 1 or min(mlp_ratios) <= 0:
+            raise ValueError(
+                f"no negative counts, no empty widths, got {blocks=}, {n_conv_blocks=}, {dims=}, {mlp_ratios=}"
+            )
         if in_chans < 1 or num_classes < 0:
             raise ValueError(f"got {in_chans=}, {num_classes=}")
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
@@ -80,6 +84,8 @@ class ConvMLP(nn.Module):
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in POOLINGS:
             raise ValueError(f"global_pool is one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}")
+        if num_classes < 0:
+            raise ValueError(f"got {num_classes=}")
         if num_classes and not global_pool:
             raise ValueError(f"a head needs pooled features, got {num_classes=} with global_pool=''")
         self.num_classes = num_classes
@@ -171,6 +177,7 @@ class ConvMLP(nn.Module):
             self.stages = self.stages[: int(last_stage) + 1 if kind == "stages" else 0]
             if kind == "tokenizer":
                 self.conv_stages = nn.Identity()
+            self.feature_info = self.feature_info[: max(wanted) + 1]
             self.num_features = self.head_hidden_size = deepest["num_chs"]
         if pruned or prune_norm:
             self.norm = nn.Identity()

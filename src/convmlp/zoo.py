@@ -4,9 +4,11 @@ import logging
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 
@@ -76,7 +78,7 @@ def _create(variant: str, pretrained: bool | str | os.PathLike, progress: bool, 
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(f"pretrained is True, False, a path or a URL, got {pretrained!r}")
     model = ConvMLP(**{**VARIANTS[variant], **kwargs})
-    if pretrained:
+    if pretrained is not False:
         load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
     return model
 
@@ -101,6 +103,8 @@ def load_pretrained(
         CheckpointError: the file cannot be had, is damaged or foreign, or its names or shapes differ from the model.
     """
     if isinstance(source, (str, os.PathLike)):
+        if str(source).startswith("file://"):  # read where it lies: the cache knows files by their last name only
+            source = url2pathname(urlparse(str(source)).path)
         path = download([str(source)], progress) if "://" in str(source) else Path(source)
     else:
         path = download(source, progress)
@@ -129,7 +133,7 @@ def download(urls: Sequence[str], progress: bool = False) -> Path:
             read_checkpoint(partial)
             os.replace(partial, target)
             return target
-        except (OSError, ValueError, CheckpointError) as error:
+        except (OSError, HTTPException, ValueError, CheckpointError) as error:
             failures.append(f"  {url}: {error}".replace(str(partial), "what it sent"))
         finally:
             partial.unlink(missing_ok=True)
@@ -174,7 +178,9 @@ def extract_state_dict(checkpoint: Any, use_ema: bool = True, name: str = "the c
             if isinstance(checkpoint.get(key), Mapping) and (use_ema or key != "state_dict_ema"):
                 state_dict = checkpoint[key]
                 break
-    if not isinstance(state_dict, Mapping) or not all(isinstance(v, torch.Tensor) for v in state_dict.values()):
+    if not isinstance(state_dict, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
+    ):
         raise CheckpointError(f"{name} holds no weights: neither a state_dict nor a training checkpoint")
     return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state_dict.items()}
 
@@ -218,7 +224,10 @@ def adapt_state_dict(
 
 
 def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """(out, c, k, k) -> (out, in_chans, k, k), keeping the response to a grey image."""
+    """(out, c, k, k) -> (out, in_chans, k, k), by timm's rule.
+
+    The response to a grey image stays the same for one channel and multiples of c, and nearly so otherwise.
+    """
     channels = weight.shape[1]
     if channels == in_chans:
         return weight

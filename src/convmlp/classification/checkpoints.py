@@ -1,0 +1,93 @@
+"""Checkpoint files of a run: written whole or not at all, checked when read, one kept in reserve.
+
+A checkpoint is a flat dict of tensors and plain values, so that reading it never runs code.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..zoo import CheckpointError, read_checkpoint
+from .options import RunError
+
+_logger = logging.getLogger(__name__)
+
+LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save a checkpoint atomically."""
+
+    def save(temporary: Path) -> None:
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            raise OSError(str(error).splitlines()[0]) from error
+
+    write_atomically(path, save)
+
+
+def write_last(folder: Path, state: dict[str, Any]) -> None:
+    """Save the newest checkpoint of a run, keeping the one before it."""
+    last = folder / LAST
+    if last.exists():
+        write_atomically(folder / PREVIOUS, lambda temporary: _duplicate(last, temporary))
+    write_checkpoint(last, state)
+
+
+def _duplicate(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, copy)
+
+
+def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint of a run that can be read, or None before the first was written.
+
+    Raises:
+        RunError: there are checkpoints, and none can be read.
+    """
+    candidates = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+    for path in candidates:
+        try:
+            return path, read_training_checkpoint(path)
+        except (CheckpointError, RunError) as error:
+            _logger.warning(f"{error}; trying the one before it")
+    if candidates:
+        raise RunError(f"no checkpoint in {folder} can be read; --overwrite starts anew")
+    return None
+
+
+def read_training_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that a run can continue from."""
+    checkpoint = read_checkpoint(path)
+    if not isinstance(checkpoint, dict) or "optimizer" not in checkpoint:
+        raise RunError(
+            f"{path} holds weights but no training state to resume; --initial-checkpoint starts from weights"
+        )
+    return checkpoint

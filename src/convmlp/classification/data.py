@@ -1,0 +1,607 @@
+"""Data for classification: where images come from, the checks before training, and the loaders.
+
+Training is reproducible from a position alone. Every random draw is keyed: the order of an epoch by (seed, epoch), the
+augmentation of an image by (seed, epoch, its index), mixup and erasing by (seed, epoch, batch, rank). So a run that
+resumes at any batch sees exactly what an undisturbed one sees, with no random state to save.
+"""
+
+import hashlib
+import inspect
+import os
+import random
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from timm.data import (
+    FastCollateMixup,
+    IterableImageDataset,
+    create_dataset,
+    create_loader,
+    create_transform,
+)
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
+from timm.data.readers import create_reader
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from .options import RunError, suggest
+from .process import Process
+
+SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
+N_HELD_OUT_DIGITS = 360
+MAX_REPLACEMENTS = 10
+
+
+def seed_all(*key: Any) -> None:
+    """Seed python, numpy and torch from a hash of the key."""
+    value = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little")
+    random.seed(value)
+    np.random.seed(value % 2**32)
+    torch.default_generator.manual_seed(value)  # torch.manual_seed is a hundred times slower, for the GPUs it visits
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(value)
+
+
+# --- where images come from --------------------------------------------------------------------------------------
+
+
+class ReaderSource:
+    """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        self.class_names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.reader[index][:2]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True))
+
+
+class TorchvisionSource:
+    """Images of a torchvision dataset."""
+
+    def __init__(self, dataset: Any, title: str):
+        self.dataset = dataset
+        self.title = title
+        names = getattr(dataset, "classes", None)
+        if names is None:
+            targets = next((getattr(dataset, n) for n in ("targets", "labels", "_labels") if hasattr(dataset, n)), None)
+            names = [] if targets is None else range(int(max(targets)) + 1)
+        self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.dataset[index]
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+
+class DigitsSource:
+    """scikit-learn's 1797 handwritten digits, 8x8 grey; 360 of them, as many of each digit, are held out."""
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        parts = train_test_split(
+            digits.images, digits.target, test_size=N_HELD_OUT_DIGITS, stratify=digits.target, random_state=0
+        )
+        images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        self.images = np.round(images * 255 / 16).astype(np.uint8)
+        self.class_names = [str(name) for name in digits.target_names]
+        self.title = "digits train" if train else "digits held-out"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+
+Source = ReaderSource | TorchvisionSource | DigitsSource
+
+
+def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
+    """The training or the evaluation images that the options name.
+
+    Raises:
+        RunError: the folder, split, dataset or package is missing, or holds no images.
+    """
+    name = options.dataset
+    kind = name.partition("/")[0].lower()
+    if name == "sklearn-digits":
+        return DigitsSource(train)
+    if name.startswith("tv-"):
+        return _torchvision_source(options, train)
+    split = options.train_split if train else options.val_split
+    keys = {"input_key": options.input_key, "target_key": options.target_key}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    try:
+        if kind == "hfds":
+            return ReaderSource(
+                create_reader(
+                    name, options.data_dir, split, class_map=options.class_map, download=options.download, **keys
+                )
+            )
+        if kind in ("hfids", "tfds", "wds"):
+            return create_dataset(
+                name,
+                root=options.data_dir,
+                split=split,
+                is_training=train,
+                class_map=options.class_map,
+                download=options.download,
+                batch_size=options.batch_size,
+                num_samples=options.train_num_samples if train else options.val_num_samples,
+                seed=options.seed,
+                input_img_mode=_image_mode(options),
+                **keys,
+            )
+    except ImportError as error:
+        package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}[kind]
+        raise RunError(f"--dataset {name} needs a missing package: pip install {package}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"cannot open --dataset {name} {split}: {error}") from error
+    if name:
+        known = ["sklearn-digits", "tv-CIFAR10", "hfds/", "hfids/", "tfds/", "wds/"]
+        raise RunError(f"unknown --dataset {name}{suggest(name, known)}")
+    return _folder_source(options, split)
+
+
+def _folder_source(options: Any, split: str) -> ReaderSource:
+    """root/SPLIT/CLASS/*, or root/SPLIT.tar; train and val are found under their usual names."""
+    if not options.data_dir:
+        raise RunError("no data folder: name it last on the command line, or data_dir in the config")
+    root = Path(options.data_dir)
+    if not root.is_dir():
+        raise RunError(f"no such data folder: {root}")
+    synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
+    candidates = [root / f"{s}{end}" for end in ("", ".tar") for s in (split, *synonyms)]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
+        raise RunError(
+            f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
+            f"and --val-split"
+        )
+    try:
+        reader = create_reader("", str(path), class_map=options.class_map)
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
+    if path.is_dir():
+        filled = {Path(reader.filename(i)).parts[0] for i in range(len(reader))}
+        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in filled)
+        if empty and not options.class_map:
+            raise RunError(f"class folder {path / empty[0]} holds no images ({len(empty)} such); remove or fill it")
+    return ReaderSource(reader)
+
+
+def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
+    name = options.dataset.removeprefix("tv-")
+    known = [n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n))]
+    if name not in known:
+        raise RunError(f"torchvision has no dataset {name}{suggest(name, known)}")
+    if not options.data_dir:
+        raise RunError(f"no data folder for {options.dataset}: name it last on the command line")
+    dataset_class = getattr(torchvision.datasets, name)
+    parameters = inspect.signature(dataset_class).parameters
+    settings = {"download": options.download} if "download" in parameters else {}
+    split = options.train_split if train else options.val_split
+    if "train" in parameters:
+        choices: list[dict[str, Any]] = [{"train": train}]
+    elif "split" in parameters:
+        synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
+        choices = [{"split": s} for s in dict.fromkeys((split, *synonyms))]
+    else:
+        raise RunError(f"torchvision's {name} has neither train= nor split=; it cannot be trained on by name")
+    for choice in choices:
+        try:
+            return TorchvisionSource(
+                dataset_class(options.data_dir, **choice, **settings), f"{name} {'train' if train else 'val'}"
+            )
+        except ValueError as error:  # an unknown split
+            reason = str(error)
+        except (RuntimeError, OSError) as error:
+            hint = "" if options.download or not settings else " Or let it download itself: --download"
+            raise RunError(f"cannot open {name} in {options.data_dir}: {error}{hint}") from error
+    raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
+
+
+def check_classes(train: Source | IterableImageDataset, val: Source | IterableImageDataset, options: Any) -> list[str]:
+    """The class names, after checking that training data, validation data and --num-classes agree.
+
+    Streamed datasets do not tell their classes; for them --num-classes is needed and the names are numbers.
+    """
+    names = getattr(train, "class_names", [])
+    val_names = getattr(val, "class_names", names)
+    if names != val_names:
+        odd = sorted(set(names) ^ set(val_names))
+        raise RunError(
+            f"the training data has {len(names)} classes, the validation data {len(val_names)}; only one of them has "
+            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
+        )
+    if not names:
+        if options.num_classes is None:
+            raise RunError(f"--dataset {options.dataset} does not tell its classes: give --num-classes")
+        return [str(i) for i in range(options.num_classes)]
+    if options.num_classes not in (None, len(names)):
+        raise RunError(
+            f"--num-classes is {options.num_classes}, but the data has {len(names)} classes; num_classes: auto takes "
+            f"the data's"
+        )
+    return names
+
+
+# --- loaders -----------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What to load: the key of its random draws, and the images."""
+
+    epoch: int
+    number: int
+    indices: Sequence[int]
+
+
+class TrainBatches(Sampler[Batch]):
+    """This rank's share of each batch of a shuffled epoch; an incomplete last batch is left out."""
+
+    def __init__(self, n_images: int, batch_size: int, seed: int, rank: int, world_size: int):
+        self.n_images = n_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self.first = 0
+        self._order_epoch = -1
+
+    def __len__(self) -> int:
+        return self.n_images // (self.batch_size * self.world_size)
+
+    @property
+    def n_own(self) -> int:
+        return len(self) * self.batch_size
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Begin the next iteration at this batch of this epoch."""
+        self.epoch = epoch
+        self.first = first
+
+    def batch(self, epoch: int, number: int) -> Batch:
+        if epoch != self._order_epoch:
+            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.n_images)
+            self._order_epoch = epoch
+        start = (number * self.world_size + self.rank) * self.batch_size
+        return Batch(epoch, number, self._order[start : start + self.batch_size].tolist())
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(self.first, len(self)):
+            yield self.batch(self.epoch, number)
+
+
+class EvalBatches(Sampler[Batch]):
+    """This rank's share of all images in order, each exactly once over the ranks: nothing is padded or repeated."""
+
+    def __init__(self, n_images: int, batch_size: int, rank: int, world_size: int):
+        self.indices = list(range(rank, n_images, world_size))
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    @property
+    def n_own(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number in range(len(self)):
+            start = number * self.batch_size
+            yield Batch(0, number, self.indices[start : start + self.batch_size])
+
+
+class BatchDataset(Dataset):
+    """Loads whole batches: (images uint8 (b, c, h, w), targets, what could not be read).
+
+    In training an unreadable image is replaced by the next readable one, so that batches keep their size; in
+    evaluation it is left out.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        image_mode: str,
+        seed: int = 0,
+        rank: int = 0,
+        mixup: FastCollateMixup | None = None,
+        mixup_off_epoch: int = 0,
+        training: bool = False,
+    ):
+        self.source = source
+        self.transform = transform
+        self.image_mode = image_mode
+        self.seed = seed
+        self.rank = rank
+        self.mixup = mixup
+        self.mixup_off_epoch = mixup_off_epoch
+        self.training = training
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _read(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.source.load(index)
+        return image.convert(self.image_mode), target
+
+    def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+        samples, unreadable = [], []
+        for index in batch.indices:
+            for attempt in range(MAX_REPLACEMENTS if self.training else 1):
+                i = (index + attempt) % len(self.source)
+                try:
+                    image, target = self._read(i)
+                except Exception as error:  # image decoders raise nearly anything on damaged input
+                    unreadable.append(f"{self.source.name(i)} ({type(error).__name__}: {error})")
+                    continue
+                if self.training:
+                    seed_all(self.seed, "image", batch.epoch, index)
+                samples.append((self.transform(image), target))
+                break
+        if not samples or (self.training and len(samples) < len(batch.indices)):
+            return torch.empty(0), torch.empty(0, dtype=torch.long), unreadable
+        if self.mixup is None:
+            return *fast_collate(samples), unreadable
+        seed_all(self.seed, "mixup", batch.epoch, batch.number, self.rank)
+        self.mixup.mixup_enabled = not self.mixup_off_epoch or batch.epoch < self.mixup_off_epoch
+        return *self.mixup(samples), unreadable
+
+
+class KeyedErasing(RandomErasing):
+    """Random erasing of whole batches on the device, seeded by each batch's place in the run."""
+
+    def start(self, epoch: int, first: int) -> None:
+        self.epoch, self.number = epoch, first
+
+    def set_key(self, *key: Any) -> None:
+        self.key = key
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        seed_all(*self.key, "erase", self.epoch, self.number)
+        self.number += 1
+        return super().__call__(images)
+
+
+class _Unpacked:
+    """Takes the notes on unreadable images off the batches, for the loader that moves them to the device."""
+
+    def __init__(self, loader: DataLoader, stop: bool):
+        self.loader = loader
+        self.stop = stop
+        self.unreadable: dict[str, None] = {}
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for images, targets, unreadable in self.loader:
+            if unreadable and self.stop:
+                raise RunError(f"unreadable image {unreadable[0]}; --on-bad-image skip goes on without it")
+            self.unreadable.update(dict.fromkeys(unreadable))
+            if len(images):
+                yield images, targets
+            elif len(unreadable) >= MAX_REPLACEMENTS:
+                raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {unreadable[0]}")
+
+
+class Loader:
+    """Batches on the device, normalised: (images float (b, c, h, w), targets).
+
+    `start(epoch, first)` says where the next iteration begins. `unreadable` names the images that could not be read.
+    """
+
+    def __init__(self, source: Source, options: Any, data_config: dict[str, Any], process: Process, train: bool):
+        batch_size = options.batch_size if train else options.validation_batch_size or options.batch_size
+        transform = create_transform(
+            **_transform_settings(options, data_config, train), is_training=train, use_prefetcher=True
+        )
+        device, rank, world_size = process.device, process.rank, process.world_size
+        self.batches: TrainBatches | EvalBatches
+        if train:
+            self.batches = TrainBatches(len(source), batch_size, options.seed, rank, world_size)
+        else:
+            self.batches = EvalBatches(len(source), batch_size, rank, world_size)
+        self.dataset = BatchDataset(
+            source,
+            transform,
+            _image_mode(options),
+            seed=options.seed,
+            rank=rank,
+            mixup=create_mixup(options) if train else None,
+            mixup_off_epoch=options.mixup_off_epoch,
+            training=train,
+        )
+        workers = default_workers(options)
+        self._unpacked = _Unpacked(
+            DataLoader(
+                self.dataset,
+                batch_sampler=self.batches,
+                collate_fn=_identity,
+                num_workers=workers,
+                pin_memory=options.pin_mem and device.type == "cuda",
+                persistent_workers=workers > 0,
+                generator=torch.Generator(),  # the loader draws a seed for its workers from it, not from ours
+            ),
+            stop=options.on_bad_image == "stop",
+        )
+        self._on_device = PrefetchLoader(
+            self._unpacked,
+            mean=data_config["mean"],
+            std=data_config["std"],
+            channels=data_config["input_size"][0],
+            device=device,
+        )
+        if train and options.reprob > 0 and not options.no_aug:
+            self._on_device.random_erasing = KeyedErasing(
+                options.reprob, mode=options.remode, max_count=options.recount, device=device
+            )
+            self._on_device.random_erasing.set_key(options.seed, rank)
+
+    def __len__(self) -> int:
+        return len(self._unpacked)
+
+    @property
+    def n_images(self) -> int:
+        """Images that this process sees in a pass."""
+        return self.batches.n_own
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self._on_device)
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        self.batches.start(epoch, first)
+        if self._on_device.random_erasing is not None:
+            self._on_device.random_erasing.start(epoch, first)
+
+    def names(self, epoch: int, number: int) -> list[str]:
+        """The images of a training batch."""
+        return [self.dataset.source.name(i) for i in self.batches.batch(epoch, number).indices]
+
+    @property
+    def unreadable(self) -> list[str]:
+        return list(self._unpacked.unreadable)
+
+
+class StreamLoader:
+    """Batches of a dataset that can only be streamed (wds, tfds, hfids), by timm's loader.
+
+    It can be resumed at the start of an epoch only, and its random draws are not keyed.
+    """
+
+    unreadable: list[str] = []
+
+    def __init__(
+        self,
+        dataset: IterableImageDataset,
+        options: Any,
+        data_config: dict[str, Any],
+        process: Process,
+        train: bool,
+    ):
+        self.dataset = dataset
+        self._loader = create_loader(
+            dataset,
+            data_config["input_size"],
+            options.batch_size if train else options.validation_batch_size or options.batch_size,
+            is_training=train,
+            re_prob=options.reprob,
+            re_mode=options.remode,
+            re_count=options.recount,
+            num_workers=default_workers(options),
+            distributed=process.distributed,
+            collate_fn=create_mixup(options) if train else None,
+            pin_memory=options.pin_mem and process.device.type == "cuda",
+            device=process.device,
+            **{k: v for k, v in _transform_settings(options, data_config, train).items() if k != "input_size"},
+        )
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    @property
+    def n_images(self) -> int:
+        return len(self) * self._loader.loader.batch_size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return iter(self._loader)
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        if first:
+            raise RunError(f"--dataset {self.dataset} cannot resume within an epoch; do not set --checkpoint-interval")
+        self.dataset.set_epoch(epoch)
+
+    def names(self, epoch: int, number: int) -> list[str]:
+        return []
+
+
+def make_loader(
+    source: Source | IterableImageDataset, options: Any, data_config: dict[str, Any], process: Process, train: bool
+) -> Loader | StreamLoader:
+    """The loader for a source, after checking that the data fills a batch."""
+    kind = StreamLoader if isinstance(source, IterableImageDataset) else Loader
+    loader = kind(source, options, data_config, process, train)
+    if train and not len(loader):
+        ranks = f" x {process.world_size} processes" if process.distributed else ""
+        raise RunError(f"--batch-size {options.batch_size}{ranks} is larger than the data: {len(source)} images")
+    return loader
+
+
+def create_mixup(options: Any) -> FastCollateMixup | None:
+    """Mixup and cutmix as the options ask, or None."""
+    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
+        return None
+    return FastCollateMixup(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=options.cutmix_minmax,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=options.num_classes,
+    )
+
+
+def default_workers(options: Any) -> int:
+    """--workers, or the cores that each process on this machine has, up to 8."""
+    if options.workers is not None:
+        return options.workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def _image_mode(options: Any) -> str:
+    return "L" if options.in_chans == 1 else "RGB"
+
+
+def _transform_settings(options: Any, data_config: dict[str, Any], train: bool) -> dict[str, Any]:
+    settings = {"input_size": data_config["input_size"], "mean": data_config["mean"], "std": data_config["std"]}
+    if not train:
+        return settings | {key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
+    return settings | {
+        "no_aug": options.no_aug,
+        "scale": tuple(options.scale),
+        "ratio": tuple(options.ratio),
+        "hflip": options.hflip,
+        "vflip": options.vflip,
+        "color_jitter": options.color_jitter,
+        "auto_augment": options.aa,
+        "interpolation": options.train_interpolation,
+    }
+
+
+def _identity(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,271 @@
+"""Options of classification.py: one table, filled from a YAML config and the command line.
+
+Names are those of timm's training script wherever it has the option, so that its recipes carry over. A config is a
+mapping of option names (with underscores) to values; its key `base` names another config, relative to itself, whose
+values it starts from.
+"""
+
+import argparse
+import difflib
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+POSITIONAL = "data"
+NOT_STORED = {POSITIONAL, "config", "resume", "eval", "overwrite"}
+
+
+class RunError(Exception):
+    """Something the user can mend. Shown as one line, without a traceback."""
+
+
+def suggest(name: str, known: list[str]) -> str:
+    """'; did you mean X?' for the nearest known name, or nothing."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RunError(message)
+
+
+def _num_classes(text: str) -> int | None:
+    return None if text == "auto" else int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options with their defaults and help texts; `--help` of it is the manual."""
+    parser = _Parser(
+        prog="classification.py",
+        description="Train or evaluate an image classifier. A config gives defaults, the command line overrides.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    add(POSITIONAL, nargs="?", metavar="DATA", help="data folder, holding train/CLASS/* and val/CLASS/*")
+    add("-c", "--config", metavar="FILE", help="YAML file of option values, see configs/classification/template.yml")
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--eval", metavar="CHECKPOINT", help="only evaluate this checkpoint; its own settings are the defaults")
+    add("--resume", metavar="auto|FILE", help="continue a run: auto takes the newest checkpoint of the output folder")
+    add("--overwrite", action=switch, default=False, help="replace an earlier run in the output folder")
+    add("--output", default="output", metavar="DIR", help="where runs are kept")
+    add("--experiment", metavar="NAME", help="folder of this run in --output; by default the config's or model's name")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data-dir", metavar="DIR", help="the same as DATA")
+    add("--dataset", default="", help="'' image folder or tar, tv-NAME torchvision, hfds/NAME, wds/, sklearn-digits")
+    add("--train-split", default="train", metavar="NAME")
+    add("--val-split", default="validation", metavar="NAME", help="val, valid and validation stand for each other")
+    add("--download", "--dataset-download", action=switch, default=False, help="let a tv- dataset download itself")
+    add("--class-map", metavar="FILE", help="text file of class names in the order of their numbers")
+    add("--num-classes", type=_num_classes, metavar="N|auto", help="auto takes the data's")
+    add("--input-key", metavar="NAME", help="image field of an hfds or wds dataset")
+    add("--target-key", metavar="NAME", help="label field of an hfds or wds dataset")
+    add("--train-num-samples", type=int, metavar="N", help="images in a wds training set that does not say so itself")
+    add("--val-num-samples", type=int, metavar="N", help="likewise for validation")
+    add("--on-bad-image", choices=["skip", "stop"], default="skip", help="an unreadable image is named and skipped")
+    add("-j", "--workers", type=int, metavar="N", help="loader processes; by default the cores a process has, up to 8")
+    add("--pin-mem", action=switch, default=True, help="pinned memory for copies to a GPU")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="convmlp_s", metavar="NAME", help="any timm model, ours among them")
+    add("--pretrained", action=switch, default=False, help="start from the published ImageNet weights")
+    add("--initial-checkpoint", metavar="FILE", help="start from these weights; the head may have other classes")
+    add("--drop", type=float, default=0.0, metavar="P", help="dropout before the head")
+    add("--drop-path", type=float, metavar="P", help="stochastic depth; by default the model's (ConvMLP 0.1)")
+    add("--gp", metavar="POOL", help="global pooling: avg, max, avgmax")
+    add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
+
+    add = parser.add_argument_group("image size and normalisation; by default the model's").add_argument
+    add("--img-size", type=int, metavar="PX")
+    add("--in-chans", type=int, choices=[1, 3], default=3, help="1 reads images as greyscale")
+    add("--mean", type=float, nargs="+", metavar="M")
+    add("--std", type=float, nargs="+", metavar="S")
+    add("--interpolation", metavar="NAME", help="for evaluation: bilinear, bicubic, ...")
+    add("--crop-pct", type=float, metavar="F", help="evaluation crop over resized image")
+    add("--crop-mode", choices=["center", "squash", "border"], help="evaluation crop")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device")
+    add("--amp", action=switch, default=False, help="mixed precision")
+    add(
+        "--amp-dtype", choices=["auto", "bfloat16", "float16"], default="auto", help="auto: bfloat16 where it is native"
+    )
+    add("--channels-last", action=switch, default=True, help="memory layout; the faster one")
+    add("--compile", action=switch, default=False, help="torch.compile; the first step then takes up to a minute")
+    add("--sync-bn", action=switch, default=False, help="BatchNorm over all GPUs")
+    add("--dist-bn", choices=["reduce", "broadcast", ""], default="reduce", help="BatchNorm statistics after an epoch")
+    add("--seed", type=int, default=42)
+
+    add = parser.add_argument_group("schedule").add_argument
+    add("--epochs", type=int, default=300, metavar="N", help="without the cool-down")
+    add("-b", "--batch-size", type=int, default=128, metavar="N", help="images a process and step")
+    add("--validation-batch-size", type=int, metavar="N", help="by default the training batch")
+    add("--grad-accum-steps", type=int, default=1, metavar="N", help="steps whose gradients make one update")
+    add("--sched", default="cosine", help="cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau, none")
+    add("--lr", type=float, default=5e-4, help="learning rate; not scaled by batch size or processes")
+    add("--min-lr", type=float, default=1e-5)
+    add("--warmup-lr", type=float, default=1e-6)
+    add("--warmup-epochs", type=int, default=5, metavar="N")
+    add("--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the schedule")
+    add("--patience-epochs", type=int, default=10, metavar="N", help="for plateau")
+    add("--decay-epochs", type=float, default=90, metavar="N", help="for step, wsd, rsqrt")
+    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N", help="for multistep")
+    add("--decay-rate", type=float, default=0.1, help="for step, multistep, plateau; the power for poly")
+
+    add = parser.add_argument_group("optimizer and loss").add_argument
+    add("--opt", default="adamw", help="any optimizer of timm")
+    add("--opt-eps", type=float)
+    add("--opt-betas", type=float, nargs=2)
+    add("--momentum", type=float, default=0.9)
+    add("--weight-decay", type=float, default=0.05)
+    add("--layer-decay", type=float, metavar="F", help="learning rate factor from a layer to the one before it")
+    add("--clip-grad", type=float, metavar="X", help="clip gradients")
+    add("--clip-mode", choices=["norm", "value", "agc"], default="norm")
+    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--model-ema", action=switch, default=False, help="keep and evaluate a moving average of the weights")
+    add("--model-ema-decay", type=float, default=0.9998)
+    add("--model-ema-warmup", action=switch, default=False, help="let the decay rise to its value")
+    add("--kd-model", metavar="NAME", help="distil from this timm model's logits (pretrained, or --kd-checkpoint)")
+    add("--kd-checkpoint", metavar="FILE", help="weights of the teacher")
+    add("--kd-weight", type=float, default=1.0, help="weight of the distillation loss beside the task's")
+    add("--kd-temperature", type=float, default=1.0)
+
+    add = parser.add_argument_group("augmentation").add_argument
+    add("--no-aug", action="store_true", help="resize and crop only")
+    add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
+    add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of the random crop")
+    add("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
+    add("--hflip", type=float, default=0.5, metavar="P")
+    add("--vflip", type=float, default=0.0, metavar="P")
+    add("--color-jitter", type=float, default=0.4, help="without --aa")
+    add("--aa", metavar="POLICY", help="rand-m9-mstd0.5-inc1, augmix-..., original, ...")
+    add("--reprob", type=float, default=0.0, metavar="P", help="random erasing")
+    add("--remode", choices=["const", "rand", "pixel"], default="pixel")
+    add("--recount", type=int, default=1)
+    add("--mixup", type=float, default=0.0, metavar="ALPHA")
+    add("--cutmix", type=float, default=0.0, metavar="ALPHA")
+    add("--cutmix-minmax", type=float, nargs=2)
+    add("--mixup-prob", type=float, default=1.0, metavar="P")
+    add("--mixup-switch-prob", type=float, default=0.5, metavar="P", help="cutmix rather than mixup, if both are on")
+    add("--mixup-mode", choices=["batch", "pair", "elem"], default="batch")
+    add("--mixup-off-epoch", type=int, default=0, metavar="N", help="no mixup from this epoch on; 0 never")
+
+    add = parser.add_argument_group("records").add_argument
+    add("--checkpoint-interval", type=int, default=0, metavar="STEPS", help="also save within epochs; 0 at their ends")
+    add("--log-interval", type=int, default=50, metavar="STEPS", help="log lines where there is no terminal")
+    add("--eval-metric", choices=["top1", "top5", "loss"], default="top1", help="what makes a checkpoint the best")
+    add("--use-ema", action=switch, default=True, help="--eval and --initial-checkpoint prefer averaged weights")
+    add("--log-tensorboard", action=switch, default=False)
+    add("--log-wandb", action=switch, default=False)
+    add("--wandb-project", metavar="NAME")
+    return parser
+
+
+def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argparse.Namespace:
+    """Options from the command line, over the config it names, over `base`, over the defaults.
+
+    Raises:
+        RunError: an unknown name (the nearest is offered), a bad value, or an unreadable config.
+    """
+    parser = build_parser()
+    given, _ = parser.parse_known_args(argv)
+    options = parser.parse_args([])
+    if base:
+        _apply(parser, base, options, "the checkpoint's settings")
+    if given.config:
+        _apply(parser, load_config(Path(given.config)), options, given.config)
+    options, unknown = parser.parse_known_args(argv, options)
+    if unknown:
+        names = [name for action in parser._actions for name in action.option_strings]
+        raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
+    options.data_dir = options.data or options.data_dir
+    _check_ranges(options)
+    return options
+
+
+def stored_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What args.yaml and checkpoints keep: plain values that make a config again."""
+    return {key: value for key, value in vars(options).items() if key not in NOT_STORED}
+
+
+def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a YAML config over those of the config that its `base` names."""
+    if path.resolve() in _seen:
+        raise RunError(f"{path}: its base leads back to itself")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except OSError as error:
+        raise RunError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path} is not a mapping of option names to values")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return {**load_config(path.parent / str(base), (*_seen, path.resolve())), **values}
+
+
+def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: argparse.Namespace, name: str) -> None:
+    """Parse the values of a config as if they stood on the command line, so that both are checked alike."""
+    actions = {action.dest: action for action in parser._actions if action.dest not in {"help", POSITIONAL, "config"}}
+    tokens: list[str] = []
+    for key, value in values.items():
+        action = actions.get(key)
+        if action is None:
+            raise RunError(f"{name}: unknown key {key!r}{suggest(str(key), list(actions))}")
+        flag = action.option_strings[-1] if action.nargs != 0 else next(iter(action.option_strings))
+        if value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise RunError(f"{name}: {key} is true or false, got {value!r}")
+            if value:
+                tokens.append(flag)
+            elif isinstance(action, argparse.BooleanOptionalAction):
+                tokens.append(f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, list) and action.nargs is not None:
+            tokens += [flag, *map(str, value)]
+        elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            tokens.append(f"{flag}={value}")
+        else:
+            raise RunError(f"{name}: {key} cannot be {value!r}")
+    try:
+        parser.parse_args(tokens, options)
+    except RunError as error:
+        raise RunError(f"{name}: {error}") from None
+
+
+def _check_ranges(options: argparse.Namespace) -> None:
+    """What no type can say, before anything starts."""
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise RunError(message)
+
+    for name in ("epochs", "batch_size", "grad_accum_steps", "log_interval", "img_size", "validation_batch_size"):
+        value = getattr(options, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
+    for name in ("warmup_epochs", "cooldown_epochs", "checkpoint_interval", "mixup_off_epoch", "workers", "mixup"):
+        value = getattr(options, name)
+        require(value is None or value >= 0, f"--{name.replace('_', '-')} cannot be negative, got {value}")
+    for name in ("drop", "smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path"):
+        value = getattr(options, name)
+        require(value is None or 0 <= value <= 1, f"--{name.replace('_', '-')} lies between 0 and 1, got {value}")
+    for name in ("mean", "std"):
+        value = getattr(options, name)
+        if value is not None and len(value) not in (1, options.in_chans):
+            raise RunError(f"--{name} takes one value or one a channel ({options.in_chans}), got {len(value)}")
+    mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+    require(
+        not (mixes and options.batch_size % 2), f"mixup and cutmix need an even --batch-size, got {options.batch_size}"
+    )
+    require(
+        options.warmup_epochs < options.epochs or options.sched == "none",
+        f"--warmup-epochs {options.warmup_epochs} leaves nothing of --epochs {options.epochs}",
+    )

@@ -1,0 +1,85 @@
+"""This process among those of the run, and the device it works on."""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import init_distributed_device
+
+from .options import RunError
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process stands among the `world_size` processes of the run."""
+
+    device: torch.device
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def primary(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+    def barrier(self) -> None:
+        if self.distributed:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in the order of their ranks."""
+        if not self.distributed:
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, module: torch.nn.Module) -> None:
+        """Give every process the primary's weights and statistics."""
+        if self.distributed:
+            for tensor in module.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def start_process(device: str) -> Process:
+    """Choose the device and join the other processes that torchrun or Slurm started (nccl on GPUs, else gloo)."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = device.split(":")[0]
+    if kind not in ("cuda", "mps", "cpu", "xpu", "npu", "hpu"):
+        raise RunError(f"unknown --device {device}; auto, cuda, mps or cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise RunError("--device cuda: PyTorch finds no GPU here; --device auto takes what is there")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise RunError("--device mps: PyTorch finds none here; --device auto takes what is there")
+    if kind == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+        raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
+    settings = SimpleNamespace(device=device)
+    chosen = init_distributed_device(settings)
+    return Process(chosen, settings.rank, settings.local_rank, settings.world_size)
+
+
+def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The type for mixed precision: bfloat16 where the device has it natively, else float16; None: float32 alone."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+        return torch.bfloat16 if native else None
+    return torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Mixed precision, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,0 +1,150 @@
+"""What a run shows: learning curves, a confusion matrix, per-class accuracies, pictures with predictions."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+from .checkpoints import write_atomically
+
+LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
+SHEET_COLUMNS = 8
+
+
+class Picture(NamedTuple):
+    """An evaluated image, uint8 (h, w, c), with its class and the predicted one."""
+
+    image: np.ndarray
+    target: int
+    prediction: int
+    probability: float
+
+
+def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """summary.csv: a row an epoch."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(history[0]))
+            writer.writeheader()
+            writer.writerows(history)
+
+    write_atomically(path, write)
+
+
+def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
+    """curves.png: losses, accuracies and learning rate over the epochs."""
+    figure = _figure(12, 3.6)
+    axes = figure.subplots(1, 3)
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 40 else None
+    panels = [
+        ("loss", {"train_loss": "training", "eval_loss": "validation", "eval_ema_loss": "validation, averaged"}),
+        ("accuracy, %", {"eval_top1": "top-1", "eval_top5": "top-5", "eval_ema_top1": "top-1, averaged"}),
+        ("learning rate", {"lr": ""}),
+    ]
+    for axis, (title, columns) in zip(axes, panels, strict=True):
+        for column, label in columns.items():
+            if column in history[0]:
+                axis.plot(epochs, [row[column] for row in history], marker=marker, markersize=3, label=label)
+        axis.set(title=title, xlabel="epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if len(columns) > 1:
+            axis.legend(frameon=False)
+    best = max(history, key=lambda row: row["eval_top1"])
+    axes[1].annotate(
+        f"{best['eval_top1']:.2f}",
+        (best["epoch"], best["eval_top1"]),
+        textcoords="offset points",
+        xytext=(0, -14),
+        ha="center",
+    )
+    _save(figure, path)
+
+
+def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """confusion_matrix.png from counts (true class, predicted class); the colour is the share of the true class."""
+    n = len(class_names)
+    size = 8 if n > LABELLED_CLASSES else max(4, 2 + 0.42 * n)
+    figure = _figure(size * 1.1, size)
+    axis = figure.subplots()
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(picture, ax=axis, shrink=0.8, label="share of the true class")
+    axis.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusion)} of {confusion.sum()} right")
+    if n <= LABELLED_CLASSES:
+        long_names = max(map(len, class_names)) > 3
+        axis.set_xticks(range(n), class_names, rotation=60 if long_names else 0, ha="right" if long_names else "center")
+        axis.set_yticks(range(n), class_names)
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            color = "white" if shares[row, column] > 0.5 else "black"
+            axis.text(column, row, confusion[row, column], ha="center", va="center", color=color, fontsize=8)
+    _save(figure, path)
+
+
+def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[str]) -> None:
+    """predictions.png: images with the predicted class, the mistakes first, in red, with the true class."""
+    pictures = sorted(pictures, key=lambda picture: picture.target == picture.prediction)
+    rows = -(-len(pictures) // SHEET_COLUMNS)
+    figure = _figure(1.5 * SHEET_COLUMNS, 1.75 * rows)
+    axes = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
+    for axis in axes:
+        axis.axis("off")
+    for axis, picture in zip(axes, pictures, strict=False):
+        right = picture.target == picture.prediction
+        title = f"{_short(class_names[picture.prediction])} {100 * picture.probability:.0f} %"
+        if not right:
+            title += f"\nnot {_short(class_names[picture.target])}"
+        grey = picture.image.shape[-1] == 1
+        axis.imshow(picture.image[..., 0] if grey else picture.image, cmap="gray" if grey else None)
+        axis.set_title(title, fontsize=8, color="black" if right else "crimson")
+    _save(figure, path)
+
+
+def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
+    """per_class.csv: images, right ones and accuracy of each class."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "images", "right", "accuracy"])
+            for name, images, right in zip(class_names, confusion.sum(1), confusion.diagonal(), strict=True):
+                writer.writerow([name, images, right, f"{100 * right / images:.2f}" if images else ""])
+
+    write_atomically(path, write)
+
+
+def per_class_table(confusion: np.ndarray, class_names: Sequence[str]) -> str:
+    """The classes with their accuracies, the worst first; of many classes, the worst ones."""
+    images = confusion.sum(1)
+    accuracy = 100 * confusion.diagonal() / np.maximum(images, 1)
+    present = [i for i in np.argsort(accuracy, kind="stable") if images[i]]
+    width = max(len(_short(name)) for name in class_names)
+    lines = [f"{_short(class_names[i]):{width}}  {accuracy[i]:6.2f} %  of {images[i]}" for i in present[:20]]
+    if len(present) > 20:
+        lines.append(f"... and {len(present) - 20} classes above; all are in per_class.csv")
+    return "\n".join(lines)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _figure(width: float, height: float) -> Figure:
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with matplotlib.rc_context({"savefig.facecolor": "white"}):
+        write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def to_image(tensor: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised image tensor, (c, h, w), back to uint8 (h, w, c)."""
+    image = tensor.detach().float().cpu().numpy().transpose(1, 2, 0)
+    return np.clip(np.round((image * np.asarray(std) + np.asarray(mean)) * 255), 0, 255).astype(np.uint8)

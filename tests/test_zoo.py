@@ -1,0 +1,655 @@
+"""Weights: where they are looked for, what may differ from the model, and that everything else is refused."""
+
+import builtins
+import errno
+import logging
+import os
+import pickle
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import convmlp
+from convmlp import ConvMLP
+from convmlp.zoo import (
+    VARIANTS,
+    CheckpointError,
+    adapt_state_dict,
+    checkpoint_urls,
+    extract_state_dict,
+    load_pretrained,
+    read_checkpoint,
+)
+
+StateDict = dict[str, torch.Tensor]
+
+TINY = dict(blocks=(1, 2, 1), dims=(8, 16, 24), mlp_ratios=(2, 3, 2), channels=4, n_conv_blocks=1, num_classes=5)
+FIRST_CONV = "tokenizer.block.0.weight"
+
+each_variant = pytest.mark.parametrize("variant", list(VARIANTS))
+
+
+def tiny(**kwargs) -> ConvMLP:
+    return ConvMLP(**{**TINY, **kwargs}).eval()
+
+
+def build(variant: str, **kwargs) -> ConvMLP:
+    return getattr(convmlp, variant)(**kwargs).eval()
+
+
+def random_weights(model: ConvMLP, seed: int = 1) -> StateDict:
+    """A state_dict without a value that an initialisation gives, counters of BatchNorm included."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(name: str, value: torch.Tensor) -> torch.Tensor:
+        if not value.is_floating_point():
+            return torch.full_like(value, 10 + seed)
+        low = 0.5 if name.endswith("running_var") else -0.5
+        return torch.empty_like(value).uniform_(low, low + 1, generator=generator)
+
+    return {name: values(name, value) for name, value in model.state_dict().items()}
+
+
+def saved(content, path: Path, **kwargs) -> Path:
+    torch.save(content, path, **kwargs)
+    return path
+
+
+def assert_holds(model: ConvMLP, weights: StateDict, but: tuple[str, ...] = ()):
+    """Every entry of the model, except those whose names begin with `but`, is the file's."""
+    own = model.state_dict()
+    wrong = [name for name in own if not name.startswith(but or "\n") and not own[name].equal(weights[name])]
+    assert wrong == []
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty torch.hub cache, and no mirror that can be reached."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.setattr("convmlp.zoo.MIRRORS", ("http://127.0.0.1:9/",))
+    return tmp_path / "torch_home" / "hub" / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, StateDict]]]:
+    """Stand-ins for the published files: random weights, saved once."""
+    folder = tmp_path_factory.mktemp("published")
+    made = {}
+
+    def get(variant: str) -> tuple[Path, StateDict]:
+        if variant not in made:
+            with torch.device("meta"):
+                shapes = build(variant)
+            weights = random_weights(shapes.to_empty(device="cpu"))
+            made[variant] = saved(weights, folder / f"{variant}_imagenet.pth"), weights
+        return made[variant]
+
+    yield get
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def weights() -> StateDict:
+    return random_weights(tiny())
+
+
+@pytest.fixture
+def file(tmp_path, weights) -> Path:
+    return saved(weights, tmp_path / "tiny.pth")
+
+
+# Sources
+
+
+@each_variant
+def test_pretrained_takes_the_file_in_the_cache(variant, cache, published):
+    file, weights = published(variant)
+    cache.mkdir(parents=True)
+    os.link(file, cache / file.name)
+    assert_holds(build(variant, pretrained=True), weights)
+
+
+def test_published_addresses_are_those_of_the_paper_and_its_older_home(monkeypatch):
+    monkeypatch.undo()
+    assert checkpoint_urls("convmlp_m") == [
+        "https://shi-labs.com/projects/convmlp/checkpoints/convmlp_m_imagenet.pth",
+        "http://ix.cs.uoregon.edu/~alih/conv-mlp/checkpoints/convmlp_m_imagenet.pth",
+    ]
+    assert checkpoint_urls("convmlp_l", "cifar10")[0].endswith("/convmlp_l_cifar10.pth")
+
+
+@pytest.mark.parametrize("source", [str, Path, Path.as_uri], ids=["path", "Path", "file URL"])
+def test_pretrained_takes_a_file(source, cache, published):
+    file, weights = published("convmlp_s")
+    assert_holds(build("convmlp_s", pretrained=source(file)), weights)
+    assert not cache.exists()
+
+
+def test_file_urls_of_equal_names_are_different_files(tmp_path):
+    for seed in (1, 2):
+        weights = random_weights(tiny(), seed)
+        (tmp_path / f"run {seed}").mkdir()
+        file = saved(weights, tmp_path / f"run {seed}" / "last.pth")
+        model = tiny()
+        load_pretrained(model, file.as_uri())
+        assert_holds(model, weights)
+
+
+@pytest.mark.parametrize("pretrained", [1, None, ["a.pth"], {}])
+def test_pretrained_of_another_type_is_refused(pretrained):
+    with pytest.raises(TypeError, match="pretrained") as error:
+        convmlp.convmlp_s(pretrained=pretrained)
+    assert repr(pretrained) in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["", "nowhere.pth", "."])
+def test_a_path_without_file_is_an_error(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        convmlp.convmlp_s(pretrained=source)
+
+
+# Downloads
+
+
+class Server:
+    """A web server on this machine: `pages` says what is answered under a path, anything else is a 404."""
+
+    def __init__(self):
+        self.pages: dict[str, Callable[[BaseHTTPRequestHandler], None]] = {}
+        self.asked: list[str] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                server.asked.append(self.path)
+                self.close_connection = True
+                server.pages.get(self.path, lambda handler: handler.send_error(404))(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.01))
+        self.thread.start()
+
+    def close(self):
+        self.http.shutdown()
+        self.http.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "*")
+    server = Server()
+    yield server
+    server.close()
+
+
+def page(body: bytes, sent: int | None = None, chunked: bool = False) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Announce all of `body`, send its first `sent` bytes and hang up."""
+
+    def answer(handler: BaseHTTPRequestHandler):
+        handler.send_response(200)
+        if chunked:
+            handler.send_header("Transfer-Encoding", "chunked")
+        else:
+            handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write((b"%x\r\n" % len(body) if chunked else b"") + body[:sent])
+
+    return answer
+
+
+BROKEN = {
+    "not found": lambda body: lambda handler: handler.send_error(404),
+    "server error": lambda body: lambda handler: handler.send_error(503),
+    "login page": lambda body: page(b"<!DOCTYPE html><html><body>Please log in</body></html>"),
+    "empty": lambda body: page(b""),
+    "half": lambda body: page(body[: len(body) // 2]),
+    "broken off": lambda body: page(body, len(body) // 2),
+    "broken off, chunked": lambda body: page(body, len(body) // 2, chunked=True),
+    "bit flip": lambda body: page(flip(body, body.index(b"head.weight") + 6)),
+    "no HTTP": lambda body: lambda handler: handler.wfile.write(b"220 smtp.example.org ESMTP\r\n"),
+    "hangs up": lambda body: lambda handler: None,
+}
+
+
+def flip(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
+
+
+def test_a_url_is_downloaded_once_without_a_word_and_kept_in_the_cache(server, cache, file, weights, capfd):
+    server.pages["/some/tiny.pth?download=1"] = page(file.read_bytes())
+    for _ in range(2):
+        model = tiny()
+        load_pretrained(model, f"{server.url}/some/tiny.pth?download=1")
+        assert_holds(model, weights)
+    assert server.asked == ["/some/tiny.pth?download=1"]
+    assert [(f.name, f.read_bytes()) for f in cache.iterdir()] == [("tiny.pth", file.read_bytes())]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_next_mirror_is_tried(broken, server, cache, file, weights):
+    good = file.read_bytes()
+    server.pages = {"/first/tiny.pth": BROKEN[broken](good), "/second/tiny.pth": page(good)}
+    model = tiny()
+    load_pretrained(model, [f"{server.url}/first/tiny.pth", f"{server.url}/second/tiny.pth"])
+    assert_holds(model, weights)
+    assert server.asked == ["/first/tiny.pth", "/second/tiny.pth"]
+    assert [(f.name, f.read_bytes()) for f in cache.iterdir()] == [("tiny.pth", good)]
+
+
+def test_a_mirror_that_cannot_be_reached_is_passed_over(server, cache, file, weights):
+    server.pages = {"/tiny.pth": page(file.read_bytes())}
+    gone = Server()
+    gone.close()
+    model = tiny()
+    load_pretrained(model, [f"{gone.url}/tiny.pth", f"{server.url}/tiny.pth"])
+    assert_holds(model, weights)
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_failed_downloads_leave_nothing_behind_and_say_what_to_do(broken, server, cache, file, monkeypatch):
+    answer = BROKEN[broken](file.read_bytes())
+    mirrors = (f"{server.url}/first/", f"{server.url}/second/")
+    monkeypatch.setattr("convmlp.zoo.MIRRORS", mirrors)
+    server.pages = {f"/{name}/convmlp_s_imagenet.pth": answer for name in ("first", "second")}
+    with pytest.raises(CheckpointError) as error:
+        convmlp.convmlp_s(pretrained=True)
+    assert list(cache.iterdir()) == []
+    for mirror in mirrors:
+        assert f"{mirror}convmlp_s_imagenet.pth" in str(error.value)
+    assert str(cache / "convmlp_s_imagenet.pth") in str(error.value)
+    assert ".part" not in str(error.value)
+
+
+def test_pretrained_downloads_the_variant_from_the_mirrors(server, cache, published, monkeypatch):
+    file, weights = published("convmlp_s")
+    monkeypatch.setattr("convmlp.zoo.MIRRORS", (f"{server.url}/old/", f"{server.url}/new/"))
+    server.pages["/new/convmlp_s_imagenet.pth"] = page(file.read_bytes())
+    assert_holds(build("convmlp_s", pretrained=True), weights)
+    assert [f.name for f in cache.iterdir()] == ["convmlp_s_imagenet.pth"]
+
+
+def test_a_progress_bar_is_shown_on_request(server, file, capsys):
+    server.pages["/tiny.pth"] = page(file.read_bytes())
+    load_pretrained(tiny(), f"{server.url}/tiny.pth", progress=True)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_a_cache_that_cannot_be_written_is_named(server, cache, file, monkeypatch):
+    server.pages["/tiny.pth"] = page(file.read_bytes())
+
+    def refuse(self, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(CheckpointError, match="Read-only file system") as error:
+        load_pretrained(tiny(), f"{server.url}/tiny.pth")
+    assert str(cache) in str(error.value)
+
+
+# What may differ
+
+
+@torch.no_grad()
+@each_variant
+def test_another_number_of_classes_starts_from_a_fresh_head(variant, published, caplog):
+    file, weights = published(variant)
+    with caplog.at_level(logging.WARNING):
+        model = build(variant, num_classes=7, pretrained=file)
+    assert_holds(model, weights, but=("head.",))
+    assert model.head.weight.shape == (7, VARIANTS[variant]["dims"][-1])
+    assert 0.015 < model.head.weight.std() < 0.025
+    assert model.head.bias.count_nonzero() == 0
+    (record,) = caplog.records
+    assert str(file) in record.message
+    assert "1000 classes" in record.message
+    assert "7" in record.message
+
+
+def test_equal_classes_load_without_a_word(file, weights, caplog):
+    model = tiny()
+    load_pretrained(model, file)
+    assert_holds(model, weights)
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("kwargs", [dict(classifier_head=False), dict(num_classes=0)], ids=str)
+def test_a_model_without_head_leaves_head_and_norm_of_the_file_aside(kwargs, file, weights):
+    model = tiny(**kwargs)
+    load_pretrained(model, file)
+    assert_holds(model, weights)
+    assert not [name for name in model.state_dict() if name.startswith(("norm.", "head."))]
+
+
+def test_a_model_with_the_final_norm_alone_takes_it(file, weights):
+    model = tiny(num_classes=0, final_norm=True)
+    load_pretrained(model, file)
+    assert_holds(model, weights)
+    assert model.norm.weight.equal(weights["norm.weight"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_chans", [1, 6])
+def test_the_answer_to_a_grey_image_survives_other_input_channels(in_chans, file, weights):
+    colour, other = tiny(), tiny(in_chans=in_chans)
+    load_pretrained(colour, file)
+    load_pretrained(other, file)
+    assert_holds(other, weights, but=(FIRST_CONV,))
+    grey = torch.randn(2, 1, 40, 48)
+    expected = colour(grey.expand(-1, 3, -1, -1))
+    assert torch.allclose(other(grey.expand(-1, in_chans, -1, -1)), expected, rtol=1e-4)
+    assert not torch.allclose(colour(torch.randn(2, 3, 40, 48)), expected, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("in_chans", "repeated"), [(2, [0, 1]), (4, [0, 1, 2, 0]), (5, [0, 1, 2, 0, 1])])
+def test_input_channels_beyond_colour_repeat_its_kernels_rescaled(in_chans, repeated, file, weights):
+    model = tiny(in_chans=in_chans)
+    load_pretrained(model, file)
+    assert torch.allclose(model.state_dict()[FIRST_CONV], weights[FIRST_CONV][:, repeated] * 3 / in_chans)
+    assert_holds(model, weights, but=(FIRST_CONV,))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("in_chans", [2, 4, 5])
+def test_kernels_alike_in_all_channels_keep_their_answer_to_a_grey_image(in_chans, tmp_path, weights):
+    weights[FIRST_CONV] = weights[FIRST_CONV][:, :1].repeat(1, 3, 1, 1)
+    file = saved(weights, tmp_path / "grey.pth")
+    colour, other = tiny(), tiny(in_chans=in_chans)
+    load_pretrained(colour, file)
+    load_pretrained(other, file)
+    grey = torch.randn(2, 1, 40, 48)
+    expected = colour(grey.expand(-1, 3, -1, -1))
+    assert torch.allclose(other(grey.expand(-1, in_chans, -1, -1)), expected, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_greyscale_file_serves_a_colour_model(tmp_path):
+    grey_model = tiny(in_chans=1)
+    weights = random_weights(grey_model)
+    grey_model.load_state_dict(weights)
+    colour = tiny()
+    load_pretrained(colour, saved(weights, tmp_path / "grey.pth"))
+    grey = torch.randn(2, 1, 40, 48)
+    assert torch.allclose(colour(grey.expand(-1, 3, -1, -1)), grey_model(grey), rtol=1e-4)
+
+
+@each_variant
+def test_the_factories_adapt_channels_classes_and_head_at_once(variant, published):
+    file, weights = published(variant)
+    model = build(variant, pretrained=str(file), in_chans=1, classifier_head=False)
+    assert_holds(model, weights, but=(FIRST_CONV,))
+    assert torch.allclose(model.state_dict()[FIRST_CONV], weights[FIRST_CONV].sum(1, keepdim=True))
+    assert model(torch.randn(1, 1, 32, 32)).shape == (1, 1, 1, VARIANTS[variant]["dims"][-1])
+
+
+def test_a_file_of_half_precision_leaves_the_model_in_its_own(tmp_path, weights):
+    model = tiny()
+    half = {name: value.bfloat16() if value.is_floating_point() else value for name, value in weights.items()}
+    load_pretrained(model, saved(half, tmp_path / "half.pth"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_holds(model, {name: value.to(weights[name].dtype) for name, value in half.items()})
+
+
+def test_a_model_on_the_meta_device_takes_the_tensors_of_the_file(file, weights):
+    with torch.device("meta"):
+        model = tiny()
+    load_pretrained(model, file)
+    assert_holds(model, weights)
+
+
+# Formats
+
+
+def prefixed(prefix: str) -> Callable[[StateDict, StateDict], dict]:
+    return lambda w, other: {"state_dict": {prefix + name: value for name, value in w.items()}}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w, other: {"epoch": 3, "state_dict": w, "class_names": ["a", "b"], "arch": "convmlp_s"},
+        lambda w, other: {"state_dict": other, "state_dict_ema": w},
+        lambda w, other: {"state_dict": w, "state_dict_ema": None},
+        lambda w, other: {"model": w, "optimizer": {"state": {0: {"step": 1}}}},
+        lambda w, other: {"module." + name: value for name, value in w.items()},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module."),
+    ],
+    ids=[
+        "state_dict", "state_dict_ema", "no EMA", "model",
+        "bare module.", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.",
+    ],
+)  # fmt: skip
+def test_training_checkpoints_load(wrap, tmp_path, weights):
+    model = tiny()
+    load_pretrained(model, saved(wrap(weights, random_weights(model, seed=2)), tmp_path / "last.pth"))
+    assert_holds(model, weights)
+
+
+def test_the_averaged_weights_can_be_declined(tmp_path, weights):
+    model = tiny()
+    file = saved({"state_dict": weights, "state_dict_ema": random_weights(model, seed=2)}, tmp_path / "last.pth")
+    load_pretrained(model, file, use_ema=False)
+    assert_holds(model, weights)
+
+
+def test_safetensors_load(tmp_path, weights):
+    save_file(weights, tmp_path / "tiny.safetensors")
+    model = tiny()
+    load_pretrained(model, tmp_path / "tiny.safetensors")
+    assert_holds(model, weights)
+
+
+def test_safetensors_load_from_a_url(tmp_path, weights, server):
+    save_file(weights, tmp_path / "tiny.safetensors")
+    server.pages["/tiny.safetensors"] = page((tmp_path / "tiny.safetensors").read_bytes())
+    model = tiny()
+    load_pretrained(model, f"{server.url}/tiny.safetensors")
+    assert_holds(model, weights)
+
+
+def test_files_of_old_torch_versions_load(tmp_path, weights):
+    model = tiny()
+    load_pretrained(model, saved(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False))
+    assert_holds(model, weights)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[1, 2], 7, None, "text", {"epoch": 3}, {"state_dict": [1]}, {"state_dict": {"a": 1}}, {0: torch.ones(1)}],
+    ids=repr,
+)
+def test_checkpoints_without_weights_are_named(content, tmp_path):
+    file = saved(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match="holds no weights") as error:
+        load_pretrained(tiny(), file)
+    assert str(file) in str(error.value)
+
+
+def test_extracting_takes_nothing_away():
+    weights = random_weights(tiny())
+    assert list(extract_state_dict(weights)) == list(weights)
+    assert list(extract_state_dict({"state_dict": weights, "epoch": 1})) == list(weights)
+
+
+# What is refused
+
+
+class Intruder:
+    """Pickled, it creates a file as soon as it is read."""
+
+    def __init__(self, victim: Path):
+        self.victim = victim
+
+    def __reduce__(self):
+        return builtins.open, (str(self.victim), "w")
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+@pytest.mark.parametrize("suffix", [".pth", ".pkl"])
+def test_code_in_a_checkpoint_does_not_run(new_format, suffix, tmp_path, weights, cache, server):
+    victim = tmp_path / "victim"
+    file = tmp_path / f"evil{suffix}"
+    content = {"state_dict": weights, "extra": Intruder(victim)}
+    if suffix == ".pkl" and not new_format:
+        file.write_bytes(pickle.dumps(content))
+    else:
+        saved(content, file, _use_new_zipfile_serialization=new_format)
+    with pytest.raises(CheckpointError, match="more than plain values") as error:
+        load_pretrained(tiny(), file)
+    assert str(file) in str(error.value)
+    server.pages[f"/{file.name}"] = page(file.read_bytes())
+    with pytest.raises(CheckpointError, match="more than plain values"):
+        load_pretrained(tiny(), f"{server.url}/{file.name}")
+    assert list(cache.iterdir()) == []
+    assert not victim.exists()
+
+    if not (suffix == ".pkl" and not new_format):  # it is a weapon indeed
+        torch.load(file, weights_only=False)["extra"].close()
+        assert victim.exists()
+
+
+def of_tensor(weights: StateDict, data: bytes) -> int:
+    """Where the numbers of an entry begin in a file."""
+    return data.index(weights["head.weight"].numpy().tobytes())
+
+
+DAMAGES = {
+    "half": lambda data, weights: data[: len(data) // 2],
+    "last bytes": lambda data, weights: data[:-10],
+    "bit of a tensor": lambda data, weights: flip(data, of_tensor(weights, data) + 5),
+    "bit of a name": lambda data, weights: flip(data, data.index(b"head.weight") + 6),
+    "zero bytes": lambda data, weights: b"",
+    "text": lambda data, weights: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 36106025\n",
+    "picture": lambda data, weights: b"\x89PNG\r\n\x1a\n" + data[:400],
+}
+
+
+def assert_refused(file: Path, **kwargs):
+    """A CheckpointError that names the file, and a model as it was before."""
+    model = tiny()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError, **kwargs) as error:
+        load_pretrained(model, file)
+    assert str(file) in str(error.value)
+    assert_holds(model, before)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_by_name(damage, file, weights):
+    file.write_bytes(DAMAGES[damage](file.read_bytes(), weights))
+    assert_refused(file, match="damaged|truncated")
+
+
+@pytest.mark.parametrize("damage", ["half", "last bytes", "zero bytes", "text", "picture"])
+def test_damaged_safetensors_are_refused_by_name(damage, tmp_path, weights):
+    file = tmp_path / "tiny.safetensors"
+    save_file(weights, file)
+    file.write_bytes(DAMAGES[damage](file.read_bytes(), weights))
+    assert_refused(file, match="truncated")
+
+
+def test_a_damaged_file_in_the_cache_is_refused_by_name(cache, published):
+    file, weights = published("convmlp_s")
+    cache.mkdir(parents=True)
+    data = file.read_bytes()
+    (cache / file.name).write_bytes(flip(data, of_tensor(weights, data) + 5))
+    with pytest.raises(CheckpointError, match="wrong checksum") as error:
+        convmlp.convmlp_s(pretrained=True)
+    assert str(cache / file.name) in str(error.value)
+
+
+def test_objects_other_than_plain_values_are_refused_by_name(tmp_path, weights):
+    assert_refused(saved({"state_dict": weights, "args": Path("a")}, tmp_path / "args.pth"), match="plain values")
+
+
+def test_missing_entries_are_named(tmp_path, weights):
+    del weights["stages.1.blocks.1.connect.weight"], weights["tokenizer.block.1.running_var"]
+    assert_refused(
+        saved(weights, tmp_path / "less.pth"),
+        match=r"tokenizer\.block\.1\.running_var is missing; stages\.1\.blocks\.1\.connect\.weight is missing$",
+    )
+
+
+def test_a_missing_head_is_named(tmp_path, weights):
+    del weights["head.weight"], weights["head.bias"]
+    assert_refused(saved(weights, tmp_path / "headless.pth"), match=r"head\.weight is missing; head\.bias is missing$")
+
+
+def test_entries_too_many_are_named(tmp_path, weights):
+    weights["aux_head.weight"] = torch.zeros(2)
+    assert_refused(saved(weights, tmp_path / "more.pth"), match=r"aux_head\.weight is not in the model$")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("stages.0.blocks.0.norm1.weight", (9,), r"\(9,\), the model has \(8,\)$"),
+        (FIRST_CONV, (2, 3, 5, 5), r"\(2, 3, 5, 5\), the model has \(2, 3, 3, 3\)$"),
+        (FIRST_CONV, (2, 27), r"\(2, 27\), the model has \(2, 3, 3, 3\)$"),
+        ("head.weight", (5, 23), r"\(5, 23\), the model has \(5, 24\)$"),
+        ("head.bias", (4,), r"\(4,\), the model has \(5,\)$"),
+        ("tokenizer.block.1.num_batches_tracked", (1,), r"\(1,\), the model has \(\)$"),
+    ],
+)
+def test_entries_of_other_shapes_are_named(name, shape, message, tmp_path, weights):
+    weights[name] = torch.zeros(shape)
+    assert_refused(saved(weights, tmp_path / "reshaped.pth"), match=f"{name} is {message}")
+
+
+def test_many_differences_are_counted(tmp_path):
+    other = random_weights(tiny(blocks=(1, 3, 1)))
+    assert_refused(
+        saved(other, tmp_path / "deeper.pth"), match=r"(stages\.1\.blocks\.2\.\S+ is not in .*){3}and 12 more$"
+    )
+
+
+@pytest.mark.parametrize("extra", [{}, dict(num_classes=7), dict(in_chans=1), dict(classifier_head=False)], ids=str)
+@pytest.mark.parametrize(
+    ("file_of", "model_of", "difference"),
+    [
+        ("convmlp_s", "convmlp_m", "conv_stages.conv_blocks.2.0.weight is missing"),
+        ("convmlp_s", "convmlp_l", "conv_stages.conv_blocks.2.0.weight is missing"),
+        ("convmlp_m", "convmlp_s", "conv_stages.conv_blocks.2.0.weight is not in the model"),
+        ("convmlp_m", "convmlp_l", "stages.0.blocks.3.norm1.weight is missing"),
+        ("convmlp_l", "convmlp_s", "conv_stages.conv_blocks.2.0.weight is not in the model"),
+        ("convmlp_l", "convmlp_m", "stages.0.blocks.3.norm1.weight is not in the model"),
+    ],
+)
+def test_the_error_says_which_variant_a_file_belongs_to(file_of, model_of, difference, extra):
+    with torch.device("meta"):
+        state_dict, model = build(file_of, **extra).state_dict(), build(model_of, classifier_head=False)
+    with pytest.raises(CheckpointError, match=f"It fits {file_of}$") as error:
+        adapt_state_dict(state_dict, model, name="some.pth")
+    assert f"some.pth does not fit the model: {difference}; " in str(error.value)
+
+
+def test_the_factories_refuse_the_file_of_another_variant(published):
+    file, _ = published("convmlp_s")
+    with pytest.raises(CheckpointError, match="It fits convmlp_s$") as error:
+        convmlp.convmlp_m(pretrained=file)
+    assert str(file) in str(error.value)
+
+
+def test_reading_gives_what_was_saved(tmp_path):
+    content = {"epoch": 3, "names": ["a"], "x": torch.arange(3)}
+    read = read_checkpoint(saved(content, tmp_path / "some.pth"))
+    assert read.pop("x").equal(content.pop("x"))
+    assert read == content
