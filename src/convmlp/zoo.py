@@ -163,10 +163,9 @@ def read_checkpoint(path: str | os.PathLike) -> Any:
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{path} needs a missing package: pip install {error.name}") from error
     except Exception as error:  # a damaged pickle raises at least nine exception types
-        reason = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path} is truncated, not a checkpoint, or holds more than plain values and tensors "
-            f"({type(error).__name__}: {reason})"
+            f"{path} is truncated, not a checkpoint, or holds more than tensors and plain values "
+            f"({type(error).__name__})"
         ) from error
 
 

@@ -225,7 +225,7 @@ def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
         except ValueError as error:  # an unknown split
             reason = str(error)
         except (RuntimeError, OSError) as error:
-            hint = "" if options.download or not settings else " Or let it download itself: --download"
+            hint = "; --download lets it download itself" if settings and not options.download else ""
             raise RunError(f"cannot open {name} in {options.data_dir}: {error}{hint}") from error
     raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
 
@@ -425,9 +425,7 @@ class Loader:
 
     def __init__(self, source: Source, options: Any, data_config: dict[str, Any], process: Process, train: bool):
         batch_size = options.batch_size if train else options.validation_batch_size or options.batch_size
-        transform = create_transform(
-            **_transform_settings(options, data_config, train), is_training=train, use_prefetcher=True
-        )
+        transform = _create_transform(options, data_config, train)
         device, rank, world_size = process.device, process.rank, process.world_size
         self.batches: TrainBatches | EvalBatches
         if train:
@@ -585,6 +583,15 @@ def default_workers(options: Any) -> int:
 
 def _image_mode(options: Any) -> str:
     return "L" if options.in_chans == 1 else "RGB"
+
+
+def _create_transform(options: Any, data_config: dict[str, Any], train: bool) -> Any:
+    settings = _transform_settings(options, data_config, train)
+    try:
+        return create_transform(**settings, is_training=train, use_prefetcher=True)
+    except (AssertionError, KeyError, ValueError) as error:
+        names = "--aa or --train-interpolation" if train else "--interpolation"
+        raise RunError(f"timm does not know this {names}: {error}") from error
 
 
 def _transform_settings(options: Any, data_config: dict[str, Any], train: bool) -> dict[str, Any]:

@@ -21,14 +21,24 @@ class RunError(Exception):
 
 
 def suggest(name: str, known: list[str]) -> str:
-    """'; did you mean X?' for the nearest known name, or nothing."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {nearest[0]}?" if nearest else ""
+    """'; did you mean X?' for the nearest known name, whatever its case, or nothing."""
+    spellings = {spelling.lower(): spelling for spelling in known}
+    nearest = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.5)
+    return f"; did you mean {spellings[nearest[0]]}?" if nearest else ""
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RunError(message)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, ""):
+            return action.help
+        return super()._get_help_string(action) if action.help else "default: %(default)s"
 
 
 def _num_classes(text: str) -> int | None:
@@ -39,8 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The options with their defaults and help texts; `--help` of it is the manual."""
     parser = _Parser(
         prog="classification.py",
+        usage="%(prog)s [-c CONFIG] [options] DATA",
         description="Train or evaluate an image classifier. A config gives defaults, the command line overrides.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
