@@ -16,6 +16,8 @@ import convmlp
 from convmlp import ConvMLP
 from convmlp.layers import ConvMLPBlock, DropPath
 
+torch.set_num_threads(1)  # with inputs this small, threads that share busy cores take ten times as long
+
 GOLDEN = json.loads((Path(__file__).parent / "data" / "convmlp_s_golden.json").read_text())["convmlp_s"]
 
 PARAMETERS = {  # by number of classes; None is classifier_head=False
@@ -102,6 +104,25 @@ def test_multiply_adds_at_224_are_the_published_ones(variant, gmacs):
     with FlopCounterMode(display=False) as counter:
         model(x)
     assert round(counter.get_total_flops() / 2e9, 3) == gmacs
+
+
+@each_variant
+@torch.no_grad()
+def test_initialisation_is_the_references(variant):
+    for name, module in build(variant).named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            assert weight.eq(1).all() and module.bias.eq(0).all(), name
+        elif weight is not None:
+            if isinstance(module, nn.Linear):
+                std = 0.02
+                assert module.bias.eq(0).all(), name
+            else:  # Kaiming's, fan out, which PyTorch does not divide by the groups
+                std = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
+                assert module.bias is None or 0 < module.bias.abs().max() <= weight[0].numel() ** -0.5, name
+            tolerance = 6 / math.sqrt(weight.numel())
+            assert float(weight.std(correction=0)) == pytest.approx(std, rel=tolerance), name
+            assert abs(weight.mean()) < tolerance * std, name
 
 
 # Numbers
@@ -410,6 +431,10 @@ def test_pruning_drops_what_is_deeper_and_keeps_the_maps(level):
     model.reset_classifier(6, "avg")
     assert model(x).shape == (1, 6)
 
+    model = tiny()
+    model.prune_intermediate_layers([level], prune_head=False)  # a head of another width cannot stay
+    assert_close(model(x), expected[-1])
+
 
 @torch.no_grad()
 def test_pruning_nothing_but_head_or_norm():
@@ -463,6 +488,17 @@ def test_gradient_checkpointing_changes_no_number():
     models[1].set_grad_checkpointing(False)
     models[1](x).square().sum().backward()
     assert len(calls) == 3
+
+
+def test_gradient_checkpointing_trains_stages_behind_a_frozen_stem():
+    model = tiny().train()
+    model.set_grad_checkpointing()
+    model.tokenizer.requires_grad_(False)
+    model.conv_stages.requires_grad_(False)
+    model(image(2, 3, 64, 64)).square().sum().backward()
+    assert {n for n, p in model.named_parameters() if p.grad is not None} == {
+        n for n, _ in model.named_parameters() if not n.startswith(("tokenizer.", "conv_stages."))
+    }
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.3, 0.0])

@@ -1,0 +1,158 @@
+"""What importing needs, prints and registers, and which module may import which."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "src" / "convmlp"
+
+BLOCKED = ("timm", "torchvision", "mmengine", "mmcv", "mmdet", "mmseg", "PIL", "yaml", "matplotlib", "safetensors")
+BLOCK = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ModuleNotFoundError("blocked: " + name, name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, blocked: tuple[str, ...] = ()) -> str:
+    """Run code in a fresh interpreter at the root of the checkout, and return all that it prints."""
+    code = BLOCK.format(blocked=blocked) + code
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONWARNINGS")}
+    env["OMP_NUM_THREADS"] = "1"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    return run.stdout + run.stderr
+
+
+def test_the_block_of_these_tests_blocks():
+    code = "try:\n    import yaml.nodes\nexcept ModuleNotFoundError as error:\n    print(error)"
+    assert python(code, blocked=("yaml",)) == "blocked: yaml\n"
+
+
+def test_the_library_needs_torch_alone_and_prints_nothing():
+    assert python("import convmlp, convmlp.layers, convmlp.model, convmlp.zoo", BLOCKED) == ""
+
+
+def test_a_model_runs_with_torch_alone():
+    code = "import torch, convmlp\nprint(tuple(convmlp.convmlp_s(num_classes=3)(torch.zeros(2, 3, 32, 32)).shape))"
+    assert python(code, BLOCKED) == "(2, 3)\n"
+
+
+def test_the_library_brings_in_nothing_but_torch():
+    code = "import torch\nbefore = {*sys.modules}\nimport convmlp\nprint(*sorted({*sys.modules} - before))"
+    new = python(code).split()
+    assert [name for name in new if name.partition(".")[0] in BLOCKED] == []
+    assert [name for name in new if name.startswith("convmlp")] == [
+        "convmlp",
+        "convmlp.layers",
+        "convmlp.model",
+        "convmlp.zoo",
+    ]
+
+
+def test_only_the_adapter_registers_with_timm_and_prints_nothing():
+    code = """
+import timm
+before = set(timm.list_models())
+import convmlp, convmlp.zoo
+print(*set(timm.list_models()) - before, "|")
+import convmlp.timm_models
+print(*sorted(set(timm.list_models()) - before))
+"""
+    names = [f"convmlp_{size}{suffix}" for size in "lms" for suffix in ("", "_classification")]
+    assert python(code) == "|\n" + " ".join(names) + "\n"
+
+
+def test_a_checkout_works_without_installing():
+    code = """
+from src.convmlp import convmlp_l
+model = convmlp_l(num_classes=3)
+print(convmlp_l.__module__, type(model).__module__, sys.modules["src.convmlp"].__file__)
+"""
+    assert python(code, (*BLOCKED, "convmlp")) == f"src.convmlp.zoo src.convmlp.model {PACKAGE / '__init__.py'}\n"
+
+
+# Import arrows
+
+
+def module_name(path: Path) -> str:
+    parts = ("convmlp", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules that a file imports, in functions too; a name imported from a package counts as that package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = module_name(path.parent / "__init__.py").split(".")
+                base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])])
+            names = {f"{base}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else base for name in names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imported(path) if name.partition(".")[0] in ("convmlp", "src")}
+
+
+@pytest.mark.parametrize(
+    ("module", "allowed"),
+    [
+        ("convmlp.layers", set()),
+        ("convmlp.model", {"convmlp.layers"}),
+        ("convmlp.zoo", {"convmlp.model"}),
+        ("convmlp.timm_models", {"convmlp.model", "convmlp.zoo"}),
+        ("convmlp", {"convmlp.model", "convmlp.zoo"}),
+    ],
+)
+def test_imports_go_one_way(module, allowed):
+    assert ours(MODULES[module]) == allowed
+
+
+@pytest.mark.parametrize(
+    ("module", "lazily"), [("convmlp.layers", set()), ("convmlp.model", set()), ("convmlp.zoo", {"safetensors"})]
+)
+def test_the_core_imports_torch_and_the_standard_library(module, lazily):
+    others = {name.partition(".")[0] for name in imported(MODULES[module]) - ours(MODULES[module])}
+    assert others - sys.stdlib_module_names - {"torch"} == lazily
+
+
+def test_nothing_else_in_the_package_imports_the_training():
+    outside = [name for name in MODULES if not name.startswith("convmlp.classification")]
+    assert len(outside) >= 5
+    assert [name for name in outside if any(m.startswith("convmlp.classification") for m in ours(MODULES[name]))] == []
+
+
+def test_no_module_tries_an_import_to_see_what_is_there():
+    tries = [
+        (name, node.lineno)
+        for name, path in MODULES.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.Try) and any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(node))
+    ]
+    assert tries == []
+
+
+@pytest.mark.parametrize(("script", "module"), [("classification.py", "convmlp.classification")])
+def test_root_scripts_import_their_part_of_the_package_alone(script, module):
+    if not (ROOT / script).exists():
+        pytest.skip(f"{script} is not there yet")
+    assert {name for name in imported(ROOT / script) if name not in sys.stdlib_module_names} == {module}
