@@ -5,8 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+
+torch.set_num_threads(1)  # with inputs as small as here, threads that share the cores with others cost ten times more
 
 
 @pytest.fixture

@@ -16,8 +16,6 @@ import convmlp
 from convmlp import ConvMLP
 from convmlp.layers import ConvMLPBlock, DropPath
 
-torch.set_num_threads(1)  # with inputs this small, threads that share busy cores take ten times as long
-
 GOLDEN = json.loads((Path(__file__).parent / "data" / "convmlp_s_golden.json").read_text())["convmlp_s"]
 
 PARAMETERS = {  # by number of classes; None is classifier_head=False

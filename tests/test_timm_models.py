@@ -17,8 +17,6 @@ import convmlp.timm_models  # noqa: F401  registers the models
 from convmlp import ConvMLP
 from convmlp.zoo import VARIANTS, CheckpointError
 
-torch.set_num_threads(1)  # with inputs this small, threads that share busy cores take ten times as long
-
 StateDict = dict[str, torch.Tensor]
 
 NAMES = [name + suffix for name in VARIANTS for suffix in ("", "_classification")]

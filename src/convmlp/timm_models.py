@@ -1,5 +1,6 @@
 """Registers the ConvMLP models with timm: `import convmlp.timm_models`, then `timm.create_model('convmlp_s')`."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -61,21 +62,29 @@ def _fit(state_dict: dict[str, torch.Tensor], model: ConvMLP) -> dict[str, torch
     state_dict = extract_state_dict(state_dict)
     adapted = adapt_state_dict(state_dict, model)
     adapted[f"{FIRST_CONV}.weight"] = state_dict[f"{FIRST_CONV}.weight"]  # input channels are timm's to adapt
-    if "head.weight" in state_dict:
+    if "head.weight" in state_dict:  # timm's loader goes on with this very dict
         model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
     return adapted
 
 
-def _create(name: str, pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+def _create(
+    name: str,
+    pretrained: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> ConvMLP:
     variant = name.removesuffix("_classification")
-    return build_model_with_cfg(
-        ConvMLP,
-        name,
-        pretrained,
-        pretrained_filter_fn=_fit,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **{**VARIANTS[variant], "final_norm": True, **kwargs},
-    )
+    with nullcontext() if device is None else torch.device(device):
+        model = build_model_with_cfg(
+            ConvMLP,
+            name,
+            pretrained,
+            pretrained_filter_fn=_fit,
+            feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+            **{**VARIANTS[variant], "final_norm": True, **kwargs},
+        )
+    return model.to(dtype=dtype)
 
 
 @register_model

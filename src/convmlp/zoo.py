@@ -1,5 +1,6 @@
 """The three published variants, where their weights are, and how weights get into a model."""
 
+import hashlib
 import logging
 import os
 import zipfile
@@ -102,26 +103,36 @@ def load_pretrained(
     Raises:
         CheckpointError: the file cannot be had, is damaged or foreign, or its names or shapes differ from the model.
     """
-    if isinstance(source, (str, os.PathLike)):
-        if str(source).startswith("file://"):  # read where it lies: the cache knows files by their last name only
-            source = url2pathname(urlparse(str(source)).path)
-        path = download([str(source)], progress) if "://" in str(source) else Path(source)
-    else:
+    if not isinstance(source, (str, os.PathLike)):
         path = download(source, progress)
+    elif str(source).startswith("file://"):
+        path = Path(url2pathname(urlparse(str(source)).path))
+    elif "://" in str(source):
+        path = download([str(source)], progress, name=_cache_name(str(source)))
+    else:
+        path = Path(source)
+    on_meta = any(p.is_meta for p in model.parameters())
+    if on_meta:
+        model._set_head(model.num_classes, model.global_pool)  # a real one: the file may not fill it
     state_dict = extract_state_dict(read_checkpoint(path), use_ema, name=str(path))
     state_dict = adapt_state_dict(state_dict, model, name=str(path))
-    on_meta = any(p.is_meta for p in model.parameters())
     model.load_state_dict(state_dict, assign=on_meta)
 
 
-def download(urls: Sequence[str], progress: bool = False) -> Path:
-    """The file behind the first URL that works, kept in torch.hub's cache.
+def _cache_name(url: str) -> str:
+    """Two files of one name, at two addresses, are two files."""
+    path = Path(urlparse(url).path)
+    return f"{path.stem}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{path.suffix}"
+
+
+def download(urls: Sequence[str], progress: bool = False, name: str | None = None) -> Path:
+    """The file behind the first URL that works, kept in torch.hub's cache under `name` (by default the URL's).
 
     A download is read before it takes its name in the cache, so that neither half a file nor the error page of a dead
     link is ever taken for a checkpoint.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
-    target = folder / Path(urlparse(urls[0]).path).name
+    target = folder / (name or Path(urlparse(urls[0]).path).name)
     if target.exists():
         return target
     failures = []
@@ -181,7 +192,7 @@ def extract_state_dict(checkpoint: Any, use_ema: bool = True, name: str = "the c
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items()
     ):
         raise CheckpointError(f"{name} holds no weights: neither a state_dict nor a training checkpoint")
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state_dict.items()}
+    return {key.replace("_orig_mod.", "").removeprefix("module."): value for key, value in state_dict.items()}
 
 
 def adapt_state_dict(

@@ -97,7 +97,7 @@ def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[s
         axis.axis("off")
     for axis, picture in zip(axes, pictures, strict=False):
         right = picture.target == picture.prediction
-        title = f"{_short(class_names[picture.prediction])} {100 * picture.probability:.0f} %"
+        title = f"{_short(class_names[picture.prediction])} ({100 * picture.probability:.0f} %)"
         if not right:
             title += f"\nnot {_short(class_names[picture.target])}"
         grey = picture.image.shape[-1] == 1
