@@ -11,11 +11,12 @@ INSTALLED = $(VENV)/.installed
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py
-	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Python 3.10 to 3.13 is needed, this is " + sys.version.split()[0])'
-	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Python 3.10 to 3.13 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
+	@echo "Installing into $(VENV): PyTorch with its CUDA libraries, about 6 GB. Once."
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
 
 quickstart: $(INSTALLED)
 	./dist_classification.sh 1 -c configs/classification/quickstart.yml --overwrite $(ARGS)

@@ -1,6 +1,7 @@
 """classification.py from end to end, on small folders of real digits."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from convmlp import convmlp_m, convmlp_s
 from convmlp.classification import engine, main
 from convmlp.classification.checkpoints import write_checkpoint
 from convmlp.classification.options import RunError
+
+pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--img-size", "32", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--workers", "1"]
@@ -118,6 +121,26 @@ def test_a_run_killed_within_an_epoch_continues_bit_for_bit(run, monkeypatch, at
     assert (killed / "summary.csv").read_bytes() == (undisturbed / "summary.csv").read_bytes()
 
 
+def test_a_resumed_plateau_schedule_stands_where_it_stood(run):
+    arguments = ["--sched", "plateau", "--patience-epochs", "0", "--decay-rate", "0.5", "--min-lr", "0"]
+    arguments += ["--opt", "sgd", "--lr", "1e-6", "--epochs", "4"]  # nothing improves, so each epoch halves the rate
+    _, _, undisturbed = run(*arguments)
+    _, _, folder = run(*arguments, experiment="two")
+    os.replace(folder / "previous.pth", folder / "last.pth")
+    code, err, folder = run(*arguments, "--resume", "auto", experiment="two")
+    assert code == 0, err
+    assert rows_of(folder) == rows_of(undisturbed)
+    assert float(rows_of(folder)[-1]["lr"]) < float(rows_of(folder)[0]["lr"])
+
+
+def test_options_given_on_resuming_hold(run):
+    run("--epochs", "1")
+    code, _, folder = run("--resume", "auto", "--epochs", "2", "--weight-decay", "0.3")
+    assert code == 0
+    decays = {group["weight_decay"] for group in read(folder / "last.pth")["optimizer"]["param_groups"]}
+    assert decays == {0.0, 0.3}
+
+
 def test_a_complete_run_can_be_resumed_and_extended_with_a_warning(run, caplog):
     run()
     code, _, folder = run("--resume", "auto")
@@ -193,7 +216,6 @@ def test_accumulated_steps_make_one_update(run):
         ["--model", "resnet10t", "--model-ema", "--model-ema-warmup", "--smoothing", "0"],
     ],
 )
-@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 def test_options_reach_a_run_that_learns_something(run, arguments):
     code, err, folder = run(*arguments)
     assert code == 0, err

@@ -426,7 +426,10 @@ class Trainer:
             self.task.load_checkpoint_state(state["state_dict"])
             if self.task.has_ema():
                 self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+            settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
             self.optimizer.load_state_dict(state["optimizer"])
+            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+                group.update(own)  # the options given now hold, not those of the checkpoint
         except (RuntimeError, ValueError) as error:
             raise RunError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
         if self.scaler and self.scaler.state_dict_key in state:
