@@ -28,4 +28,4 @@ else
     where=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m torch.distributed.run "${where[@]}" --nproc-per-node "$n" "$here/classification.py" "$@"
+exec "$python" -m convmlp.launch "${where[@]}" --nproc-per-node "$n" "$here/classification.py" "$@"

@@ -1,6 +1,7 @@
 """Training and evaluation of an image classifier, built from timm's parts."""
 
 import logging
+import os
 import sys
 import time
 from argparse import Namespace
@@ -70,14 +71,22 @@ def main(argv: list[str] | None = None) -> int:
             train(options, process)
         return 0
     except (RunError, CheckpointError) as error:
-        print(f"classification.py: error: {error}", file=sys.stderr)
+        _complain(f"error: {error}")
         return 2
     except Diverged as error:
-        print(f"classification.py: {error}", file=sys.stderr)
+        _complain(str(error))
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _complain(message: str) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    if rank:  # an error of all processes is shown once: by the first, whose end ends the others in this time
+        time.sleep(5)
+        message = f"process {rank}: {message}"
+    print(f"classification.py: {message}", file=sys.stderr)
 
 
 def train(options: Namespace, process: Process) -> None:
@@ -371,7 +380,8 @@ class Trainer:
         self.epoch = 0
         self.batch = 0  # batches of this epoch that are trained on
         self.updates = 0
-        self.loss_sum = torch.zeros((), dtype=torch.float64, device=process.device)
+        precise = torch.float32 if process.device.type == "mps" else torch.float64
+        self.loss_sum = torch.zeros((), dtype=precise, device=process.device)
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
 
