@@ -12,9 +12,10 @@ import yaml
 from PIL import Image
 
 from convmlp import convmlp_m, convmlp_s
-from convmlp.classification import engine, main
+from convmlp.classification import main
 from convmlp.classification.checkpoints import write_checkpoint
 from convmlp.classification.options import RunError
+from convmlp.classification.trainer import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 
@@ -103,7 +104,7 @@ def test_a_run_killed_within_an_epoch_continues_bit_for_bit(run, monkeypatch, at
     arguments = [*EVERYTHING_RANDOM, "--checkpoint-interval", "1"]
     _, _, undisturbed = run(*arguments)
 
-    save = engine.Trainer.save
+    save = Trainer.save
 
     def save_then_die(trainer, evaluated):
         save(trainer, evaluated)
@@ -111,7 +112,7 @@ def test_a_run_killed_within_an_epoch_continues_bit_for_bit(run, monkeypatch, at
             raise Killed
 
     with monkeypatch.context() as patched, pytest.raises(Killed):
-        patched.setattr(engine.Trainer, "save", save_then_die)
+        patched.setattr(Trainer, "save", save_then_die)
         run(*arguments, experiment="killed")
     code, _, killed = run(*arguments, "--resume", "auto", experiment="killed")
     assert code == 0
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch):
-    step = engine.Trainer._backward
+    step = Trainer._backward
 
     def poison(trainer, loss, updates_now):
         step(trainer, loss, updates_now)
@@ -196,7 +197,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch):
             with torch.no_grad():
                 trainer.model.head.weight[0, 0] = float("nan")
 
-    monkeypatch.setattr(engine.Trainer, "_backward", poison)
+    monkeypatch.setattr(Trainer, "_backward", poison)
     code, err, folder = run("--epochs", "1")
     assert code == 1 and "head.weight is not finite" in err and not (folder / "last.pth").exists()
 

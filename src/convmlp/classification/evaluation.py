@@ -1,0 +1,85 @@
+"""Evaluation of a classifier: figures over all processes, confusion counts, pictures with predictions."""
+
+import logging
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.task import ClassificationEvaluator
+from torch import nn
+from tqdm import tqdm
+
+from . import report
+from .loaders import Loader, StreamLoader
+from .process import Process, autocast, resolve_amp_dtype
+
+_logger = logging.getLogger(__name__)
+
+N_PICTURES = 40
+
+
+class Details:
+    """Beyond the figures: the confusion counts, and some pictures with their predictions, mistakes among them."""
+
+    def __init__(self, num_classes: int, n_images: int, data_config: dict[str, Any]):
+        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
+        self.pictures: list[report.Picture] = []
+        self._data_config = data_config
+        self._n_images = n_images
+        self._seen = 0
+        self._mistakes = 0
+
+    def update(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        probabilities, predictions = (x.cpu() for x in logits.float().softmax(1).max(1))
+        targets = targets.cpu()
+        np.add.at(self.confusion, (targets.numpy(), predictions.numpy()), 1)
+        for image, target, prediction, probability in zip(images, targets, predictions, probabilities, strict=True):
+            mistake = bool(target != prediction) and self._mistakes < N_PICTURES // 2
+            self._mistakes += mistake
+            spread = self._seen * (N_PICTURES // 2) // self._n_images  # this many even parts of the images are seen
+            if mistake or spread < (self._seen + 1) * (N_PICTURES // 2) // self._n_images:
+                pixels = report.to_image(image, self._data_config["mean"], self._data_config["std"])
+                self.pictures.append(report.Picture(pixels, int(target), int(prediction), float(probability)))
+            self._seen += 1
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Loader | StreamLoader,
+    options: Namespace,
+    process: Process,
+    details: Details | None = None,
+    desc: str = "",
+) -> dict[str, float]:
+    """loss, top1 and top5 (in per cent) over the images of all processes, each counted once."""
+    model.eval()
+    evaluator = ClassificationEvaluator(device=process.device)
+    amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
+    hidden = None if process.primary else True
+    for images, targets in tqdm(loader, desc=desc, disable=hidden, leave=False, unit="batch"):
+        if options.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with autocast(process.device, amp_dtype):
+            logits = model(images)
+        evaluator.update(logits, targets)
+        if details:
+            details.update(images, logits, targets)
+    if details:
+        details.confusion = sum(process.gather(details.confusion))
+    return dict(evaluator.compute(distributed=process.distributed))
+
+
+def write_details(folder: Path, details: Details, class_names: list[str]) -> None:
+    """Confusion matrix, per-class accuracies and pictures of an evaluation."""
+    report.write_confusion(folder / "confusion_matrix.png", details.confusion, class_names)
+    report.write_per_class(folder / "per_class.csv", details.confusion, class_names)
+    report.write_sheet(folder / "predictions.png", details.pictures, class_names)
+
+
+def log_unreadable(loader: Loader | StreamLoader) -> None:
+    if loader.unreadable:
+        shown = "\n  ".join(loader.unreadable[:10])
+        _logger.warning(f"{len(loader.unreadable)} images could not be read and were skipped:\n  {shown}")

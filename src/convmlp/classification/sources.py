@@ -1,0 +1,226 @@
+"""Where the images of a classification run come from, and whether their classes agree."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from PIL import Image
+from timm.data import IterableImageDataset, create_dataset
+from timm.data.readers import create_reader
+
+from .options import RunError, suggest
+
+SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
+N_HELD_OUT_DIGITS = 360
+
+
+class ReaderSource:
+    """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
+
+    def __init__(self, reader: Any):
+        self.reader = reader
+        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        self.class_names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.reader[index][:2]
+        with file:
+            image = Image.open(file)
+            image.load()
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True))
+
+
+class TorchvisionSource:
+    """Images of a torchvision dataset."""
+
+    def __init__(self, dataset: Any, title: str):
+        self.dataset = dataset
+        self.title = title
+        names = getattr(dataset, "classes", None)
+        if names is None:
+            targets = next((getattr(dataset, n) for n in ("targets", "labels", "_labels") if hasattr(dataset, n)), None)
+            names = [] if targets is None else range(int(max(targets)) + 1)
+        self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.dataset[index]
+        return image, int(target)
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+
+class DigitsSource:
+    """scikit-learn's 1797 handwritten digits, 8x8 grey; 360 of them, as many of each digit, are held out."""
+
+    def __init__(self, train: bool):
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        parts = train_test_split(
+            digits.images, digits.target, test_size=N_HELD_OUT_DIGITS, stratify=digits.target, random_state=0
+        )
+        images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
+        self.images = np.round(images * 255 / 16).astype(np.uint8)
+        self.class_names = [str(name) for name in digits.target_names]
+        self.title = "digits train" if train else "digits held-out"
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.targets[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title} image {index}"
+
+
+Source = ReaderSource | TorchvisionSource | DigitsSource
+
+
+def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
+    """The training or the evaluation images that the options name.
+
+    Raises:
+        RunError: the folder, split, dataset or package is missing, or holds no images.
+    """
+    name = options.dataset
+    kind = name.partition("/")[0].lower()
+    if name == "sklearn-digits":
+        return DigitsSource(train)
+    if name.startswith("tv-"):
+        return _torchvision_source(options, train)
+    split = options.train_split if train else options.val_split
+    keys = {"input_key": options.input_key, "target_key": options.target_key}
+    keys = {key: value for key, value in keys.items() if value is not None}
+    try:
+        if kind == "hfds":
+            return ReaderSource(
+                create_reader(
+                    name, options.data_dir, split, class_map=options.class_map, download=options.download, **keys
+                )
+            )
+        if kind in ("hfids", "tfds", "wds"):
+            return create_dataset(
+                name,
+                root=options.data_dir,
+                split=split,
+                is_training=train,
+                class_map=options.class_map,
+                download=options.download,
+                batch_size=options.batch_size,
+                num_samples=options.train_num_samples if train else options.val_num_samples,
+                seed=options.seed,
+                input_img_mode=image_mode(options),
+                **keys,
+            )
+    except ImportError as error:
+        package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}[kind]
+        raise RunError(f"--dataset {name} needs a missing package: pip install {package}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RunError(f"cannot open --dataset {name} {split}: {error}") from error
+    if name:
+        known = ["sklearn-digits", "tv-CIFAR10", "hfds/", "hfids/", "tfds/", "wds/"]
+        raise RunError(f"unknown --dataset {name}{suggest(name, known)}")
+    return _folder_source(options, split)
+
+
+def _folder_source(options: Any, split: str) -> ReaderSource:
+    """root/SPLIT/CLASS/*, or root/SPLIT.tar; train and val are found under their usual names."""
+    if not options.data_dir:
+        raise RunError("no data folder: name it last on the command line, or data_dir in the config")
+    root = Path(options.data_dir)
+    if not root.is_dir():
+        raise RunError(f"no such data folder: {root}")
+    synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
+    candidates = [root / f"{s}{end}" for end in ("", ".tar") for s in (split, *synonyms)]
+    path = next((p for p in candidates if p.exists()), None)
+    if path is None:
+        found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
+        raise RunError(
+            f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
+            f"and --val-split"
+        )
+    try:
+        reader = create_reader("", str(path), class_map=options.class_map)
+    except RuntimeError as error:
+        raise RunError(str(error)) from error
+    if path.is_dir():
+        filled = {Path(reader.filename(i)).parts[0] for i in range(len(reader))}
+        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in filled)
+        if empty and not options.class_map:
+            raise RunError(f"class folder {path / empty[0]} holds no images ({len(empty)} such); remove or fill it")
+    return ReaderSource(reader)
+
+
+def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
+    name = options.dataset.removeprefix("tv-")
+    known = [n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n))]
+    if name not in known:
+        raise RunError(f"torchvision has no dataset {name}{suggest(name, known)}")
+    if not options.data_dir:
+        raise RunError(f"no data folder for {options.dataset}: name it last on the command line")
+    dataset_class = getattr(torchvision.datasets, name)
+    parameters = inspect.signature(dataset_class).parameters
+    settings = {"download": options.download} if "download" in parameters else {}
+    split = options.train_split if train else options.val_split
+    if "train" in parameters:
+        choices: list[dict[str, Any]] = [{"train": train}]
+    elif "split" in parameters:
+        synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
+        choices = [{"split": s} for s in dict.fromkeys((split, *synonyms))]
+    else:
+        raise RunError(f"torchvision's {name} has neither train= nor split=; it cannot be trained on by name")
+    for choice in choices:
+        try:
+            return TorchvisionSource(
+                dataset_class(options.data_dir, **choice, **settings), f"{name} {'train' if train else 'val'}"
+            )
+        except ValueError as error:  # an unknown split
+            reason = str(error)
+        except (RuntimeError, OSError) as error:
+            hint = "; --download lets it download itself" if settings and not options.download else ""
+            raise RunError(f"cannot open {name} in {options.data_dir}: {error}{hint}") from error
+    raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
+
+
+def check_classes(train: Source | IterableImageDataset, val: Source | IterableImageDataset, options: Any) -> list[str]:
+    """The class names, after checking that training data, validation data and --num-classes agree.
+
+    Streamed datasets do not tell their classes; for them --num-classes is needed and the names are numbers.
+    """
+    names = getattr(train, "class_names", [])
+    val_names = getattr(val, "class_names", names)
+    if names != val_names:
+        odd = sorted(set(names) ^ set(val_names))
+        raise RunError(
+            f"the training data has {len(names)} classes, the validation data {len(val_names)}; only one of them has "
+            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
+        )
+    if not names:
+        if options.num_classes is None:
+            raise RunError(f"--dataset {options.dataset} does not tell its classes: give --num-classes")
+        return [str(i) for i in range(options.num_classes)]
+    if options.num_classes not in (None, len(names)):
+        raise RunError(
+            f"--num-classes is {options.num_classes}, but the data has {len(names)} classes; num_classes: auto takes "
+            f"the data's"
+        )
+    return names
+
+
+def image_mode(options: Any) -> str:
+    """Pillow's name for the channels that images are read in."""
+    return "L" if options.in_chans == 1 else "RGB"
