@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml setup.py
 	@touch $@
 
 quickstart: $(INSTALLED)
-	./dist_classification.sh 1 -c configs/classification/quickstart.yml --overwrite $(ARGS)
+	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart.yml --overwrite $(ARGS)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)

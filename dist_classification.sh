@@ -12,9 +12,17 @@ if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
 fi
 shift
 
-python=${PYTHON:-python}
-if [[ -z ${PYTHON:-}${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $here/.venv/bin/python ]]; then
-    python=$here/.venv/bin/python
+# The first interpreter that has convmlp: $PYTHON, that of an active environment, that of `make install`.
+python=
+for candidate in ${PYTHON:+"$PYTHON"} python "$here/.venv/bin/python" python3; do
+    if "$candidate" -c 'import importlib.util as u; raise SystemExit(u.find_spec("convmlp") is None)' 2>/dev/null; then
+        python=$candidate
+        break
+    fi
+done
+if [[ -z $python ]]; then
+    echo "$0: no Python here has convmlp: run 'make install', or pip install -e '.[timm]'" >&2
+    exit 2
 fi
 
 if [[ $n == 1 && ${NNODES:-1} == 1 ]]; then

@@ -1,6 +1,9 @@
 """Sources, checks and loaders of classification data."""
 
+import os
 import random
+import subprocess
+import sys
 import tarfile
 from types import SimpleNamespace
 
@@ -13,7 +16,7 @@ from timm.data import create_transform
 from convmlp.classification.loaders import EvalBatches, TrainBatches, make_loader, seed_all
 from convmlp.classification.options import RunError, parse_options
 from convmlp.classification.process import Process
-from convmlp.classification.sources import DigitsSource, check_classes, open_source
+from convmlp.classification.sources import DigitsSource, check_classes, open_source, relabel
 
 RECIPE = ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8", "--cutmix", "1"]
 CONFIG = dict(
@@ -99,9 +102,7 @@ def test_seed_changes_the_draws(pictures):
 
 
 def test_mixup_stops_at_its_epoch_in_live_workers_too(pictures):
-    loader = loader_for(
-        pictures, "--mixup", "1", "--mixup-off-epoch", "1", "--workers", "1", "--smoothing", "0", "--no-aug"
-    )
+    loader = loader_for(pictures, "--mixup", "1", "--mixup-off-epoch", "1", "--workers", "1", "--smoothing", "0")
     mixed = torch.cat([targets for _, targets in batches_of(loader, 0)])
     plain = torch.cat([targets for _, targets in batches_of(loader, 1)])
     assert ((mixed > 0).sum(1) > 1).any()
@@ -218,6 +219,52 @@ def test_torchvision_datasets_with_splits_are_read_under_synonyms(make_pictures)
         open_source(options_for(root, "--dataset", "tv-Country211", "--val-split", "nope"), False)
 
 
+def test_classes_are_numbered_by_name_alone(make_pictures):
+    root = make_pictures(classes=(0, 1, 2), splits={"train": 2, "val": 1})
+    for split in ("train", "val"):
+        for digit, name in enumerate(("b", "A", "a")):  # A and a are ties of timm's sorting key
+            (root / split / f"digit{digit}").rename(root / split / name)
+    script = "from convmlp.classification import sources, options as o; import sys;"
+    script += "s = sources.open_source(o.parse_options([sys.argv[1]]), True); print(s.class_names, s.load(0)[1])"
+    for seed in ("0", "1", "2", "3"):
+        command = [sys.executable, "-c", script, str(root)]
+        shown = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        assert shown.stdout == "['A', 'a', 'b'] 0\n", shown.stderr
+
+
+def test_hidden_folders_are_passed_over_and_many_formats_read(make_pictures):
+    root = make_pictures()
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    for i, extension in enumerate(("bmp", "webp", "tif", "gif", "ppm")):
+        picture = sorted((root / "train" / "digit1").iterdir())[i]
+        Image.open(picture).convert("L").save(picture.with_suffix(f".{extension}"))
+        Image.open(picture).save(root / "train" / ".ipynb_checkpoints" / picture.name)
+        picture.unlink()
+    train = open_source(options_for(root), True)
+    assert len(train) == 24 and train.class_names == ["digit0", "digit1", "digit2"]
+    assert sum(len(targets) for _, targets in batches_of(loader_for(root, "--workers", "0"), 0)) == 24
+
+
+def test_sixteen_bit_pictures_are_scaled_to_eight(make_pictures):
+    root = make_pictures()
+    picture = sorted((root / "val" / "digit0").iterdir())[0]
+    grey = np.asarray(Image.open(picture)).astype(np.uint16)
+    Image.fromarray(grey * 257).save(picture)
+    plain = make_pictures("plain")
+    ours, theirs = (next(iter(loader_for(r, "--workers", "0", train=False)))[0] for r in (root, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_source_can_take_the_class_numbers_of_a_checkpoint(make_pictures):
+    source = open_source(options_for(make_pictures(classes=(1, 2))), True)
+    relabelled = relabel(source, ["digit2", "digit0", "digit1"], "best.pth")
+    assert (source.load(0)[1], source.load(15)[1]) == (0, 1)
+    assert (relabelled.load(0)[1], relabelled.load(15)[1]) == (2, 0)
+    assert relabel(source, ["digit1", "digit2"], "best.pth") is source
+    with pytest.raises(RunError, match="best.pth does not know the class digit2 of the data"):
+        relabel(source, ["digit1", "digit7"], "best.pth")
+
+
 # --- mistakes in the data
 
 
@@ -232,6 +279,9 @@ def test_torchvision_datasets_with_splits_are_read_under_synonyms(make_pictures)
         (["--train-split", "nope"], "no nope folder"),
         (["--batch-size", "64"], "--batch-size 64 is larger than the data: 24 images"),
         (["--aa", "nonsense"], "nonsense"),
+        (["--class-map", "nowhere.txt"], "no such --class-map: nowhere.txt"),
+        (["--dataset", "tv-Kinetics"], "cannot open Kinetics"),
+        (["--dataset", "hfds/nowhere/at/all"], "cannot open --dataset hfds/nowhere/at/all"),
     ],
 )
 def test_data_that_is_not_there_is_an_error_with_the_way_out(pictures, arguments, message):
@@ -246,6 +296,28 @@ def test_missing_folders_are_named(tmp_path):
             open_source(options_for(root), True)
     with pytest.raises(RunError, match="no data folder"):
         open_source(parse_options([]), True)
+
+
+def test_pictures_outside_class_folders_are_refused(pictures):
+    picture = next((pictures / "train" / "digit0").iterdir())
+    picture.rename(pictures / "train" / "loose.png")
+    with pytest.raises(RunError, match="holds images beside its class folders"):
+        open_source(options_for(pictures), True)
+
+
+def test_class_folders_of_one_name_are_refused(pictures):
+    for name in ("digit0", "digit1"):
+        (pictures / "train" / name).rename(pictures / "train" / "parked")
+        (pictures / "train" / name).mkdir()
+        (pictures / "train" / "parked").rename(pictures / "train" / name / "small")
+    with pytest.raises(RunError, match="two class folders in .* have one name: "):
+        open_source(options_for(pictures), True)
+
+
+def test_a_broken_tar_file_is_named(tmp_path):
+    (tmp_path / "train.tar").write_bytes(b"nothing like a tar file" * 100)
+    with pytest.raises(RunError, match="cannot read .*train.tar"):
+        open_source(options_for(tmp_path), True)
 
 
 def test_empty_class_folders_are_named(pictures):

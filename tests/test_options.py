@@ -135,6 +135,12 @@ def test_command_line_overrides_config_overrides_base(tmp_path):
     assert options.mean == [0.1, 0.2, 0.3] and options.clip_grad is None and options.data_dir == "data"
 
 
+def test_lists_of_numbers_leave_the_data_folder_alone():
+    for mean in (["--mean", "0.1", "0.2", "0.3"], ["--mean", "0.1,0.2,0.3"], ["--mean=0.1,0.2,0.3"]):
+        options = parse_options(["--lr", "1", *mean, "data"])
+        assert (options.mean, options.data_dir) == ([0.1, 0.2, 0.3], "data")
+
+
 def test_stored_options_are_a_config_again(tmp_path):
     options = parse_options(["-c", str(CONFIGS / "convmlp_m_imagenet.yml"), "--lr", "0.25", "/data"])
     (tmp_path / "args.yaml").write_text(yaml.safe_dump(stored_options(options)))
@@ -173,8 +179,22 @@ def test_bad_configs_are_named_with_the_reason(tmp_path, text, message):
         (["--model_ema"], "did you mean --model-ema?"),
         (["--batch-size", "0"], "--batch-size must be positive, got 0"),
         (["--reprob", "2"], "--reprob lies between 0 and 1, got 2.0"),
-        (["--mean", "0.1", "0.2"], "one value or one a channel (3), got 2"),
+        (["--mean", "0.1", "0.2"], "one value or one a channel (3), got [0.1, 0.2]"),
         (["--mixup", "0.8", "--batch-size", "7"], "even --batch-size, got 7"),
+        (["--seed", "-1"], "--seed cannot be negative, got -1"),
+        (["--smoothing", "1"], "--smoothing lies between 0 and 1, got 1.0"),
+        (["--scale", "1", ".5"], "--scale is a smaller and a larger part of 1, got [1.0, 0.5]"),
+        (["--crop-pct", "0"], "--crop-pct must be positive, got 0.0"),
+        (["--num-classes", "many"], "invalid number_or_auto value: 'many'"),
+        (["--kd-checkpoint", "x.pth"], "--kd-checkpoint needs --kd-model"),
+        (["--amp-dtype", "float16"], "--amp-dtype needs --amp"),
+        (["--eval", "x.pth", "--resume", "auto"], "give one of them"),
+        (["--input-key", "png"], "--input-key and --target-key are for hfds and wds"),
+        (
+            ["--dataset", "wds/", "--checkpoint-interval", "5"],
+            "--checkpoint-interval 5 does not work with streamed data",
+        ),
+        (["a", "b"], "there is one DATA folder, got a and b"),
         (["--epochs", "5", "--warmup-epochs", "5"], "leaves nothing of --epochs 5"),
     ],
 )

@@ -95,6 +95,25 @@ def test_evaluation_takes_its_settings_from_the_checkpoint(run, pictures, tmp_pa
     assert {p.name for p in (tmp_path / "eval").iterdir()} >= {"confusion_matrix.png", "predictions.png"}
 
 
+def test_evaluations_go_beside_the_checkpoint_and_understand_its_classes(run, make_pictures, caplog):
+    _, _, folder = run("--mixup", "0.5")
+    two = make_pictures("two", classes=(1, 2))
+    caplog.clear()
+    assert main(["--eval", str(folder / "best.pth"), "--batch-size", "7", str(two)]) == 0
+    assert (folder / "eval" / "predictions.png").exists() and (folder / "per_class.csv").exists()
+    per_class = list(csv.DictReader(open(folder / "eval" / "per_class.csv", newline="")))
+    assert [(row["class"], row["images"]) for row in per_class] == [("digit0", "0"), ("digit1", "5"), ("digit2", "5")]
+    ours = {row["class"]: row["right"] for row in per_class}
+    for row in csv.DictReader(open(folder / "per_class.csv", newline="")):
+        assert row["class"] == "digit0" or ours[row["class"]] == row["right"]
+
+
+def test_evaluating_on_unknown_classes_is_refused(run, make_pictures, capsys):
+    _, _, folder = run("--epochs", "1")
+    assert main(["--eval", str(folder / "best.pth"), str(make_pictures("others", classes=(1, 7)))]) == 2
+    assert "does not know the class digit7" in capsys.readouterr().err
+
+
 class Killed(BaseException):
     """Stands for a kill: nothing in the run handles it."""
 
@@ -168,6 +187,26 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_it_taken(run, caplog
     code, _, _ = run("--resume", "auto")
     assert code == 0 and "trying the one before it" in caplog.text and "epoch 1, batch 0" in caplog.text
     assert len(rows_of(folder)) == 2
+
+
+def test_a_run_continued_in_another_folder_takes_its_best_checkpoint_along(run):
+    _, _, first = run()
+    run("--seed", "3", experiment="old")
+    code, err, second = run("--resume", str(first / "last.pth"), experiment="second")
+    assert code == 0, err
+    assert (second / "best.pth").read_bytes() == (first / "best.pth").read_bytes()
+    code, err, old = run("--resume", str(first / "last.pth"), "--overwrite", experiment="old")
+    assert code == 0, err
+    assert (old / "best.pth").read_bytes() == (first / "best.pth").read_bytes()
+
+
+def test_the_schedule_ends_at_its_end_after_resuming_with_other_batches(run):
+    arguments = ["--epochs", "3", "--lr", "1e-3", "--min-lr", "1e-5"]
+    _, _, folder = run(*arguments)
+    os.replace(folder / "previous.pth", folder / "last.pth")
+    code, err, folder = run(*arguments, "--batch-size", "4", "--resume", "auto")
+    assert code == 0, err
+    assert float(rows_of(folder)[-1]["lr"]) == pytest.approx(1e-5)
 
 
 def test_an_earlier_run_is_not_overwritten_unasked(run):
@@ -271,6 +310,34 @@ def test_unreadable_pictures_are_counted_at_the_end_or_stop_the_run(run, picture
     assert code == 2 and str(picture) in err
 
 
+def test_a_validation_set_that_cannot_be_read_is_an_error(run, pictures):
+    for picture in pictures.glob("val/*/*.png"):
+        picture.write_bytes(b"")
+    code, err, folder = run("--epochs", "1")
+    assert code == 2 and "not one validation image could be read" in err
+
+
+def test_class_names_may_hold_anything(run, pictures):
+    for split in ("train", "val"):
+        (pictures / split / "digit0").rename(pictures / split / "$5_$6 \u5b57 & so on, with a long name")
+    code, err, folder = run("--epochs", "1")
+    assert code == 0 and (folder / "confusion_matrix.png").exists(), err
+
+
+def test_a_teacher_of_other_classes_needs_its_own_checkpoint(run):
+    code, err, _ = run("--kd-model", "convmlp_m")
+    assert code == 2 and "knows 1000 classes, the data 3: give a --kd-checkpoint" in err
+
+
+def test_published_tags_ask_for_their_own_file(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("convmlp.classification.models.MIRRORS", ("http://127.0.0.1:9/",))
+    code, err, _ = run("--model", "convmlp_s.in1k_ft_cifar10", "--pretrained")
+    assert code == 2 and "convmlp_s_cifar10.pth" in err and "imagenet" not in err
+    code, err, _ = run("--model", "convmlp_s.nope")
+    assert code == 2 and "there is convmlp_s.in1k" in err
+
+
 def test_metrics_go_to_tensorboard_when_asked(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -288,6 +355,7 @@ def test_metrics_go_to_tensorboard_when_asked(run):
         (["--num-classes", "9"], "--num-classes is 9, but the data has 3 classes"),
         (["--batch-size", "26"], "--batch-size 26 is larger than the data: 24 images"),
         (["--device", "cuda:7"], "--device cuda"),
+        (["--device", "cpu:abc"], "unknown --device cpu:abc"),
         (["--device", "gpu"], "unknown --device gpu"),
         (["--opt", "adamwww"], "--opt adamwww"),
         (["--sched", "cosinus"], "--sched cosinus"),

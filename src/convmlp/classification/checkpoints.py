@@ -18,6 +18,8 @@ from .options import RunError
 _logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
+NEEDED_TO_RESUME = {"arch", "args", "batch", "best", "class_names", "epoch", "evaluated", "history", "loss_sums"}
+NEEDED_TO_RESUME |= {"optimizer", "state_dict", "updates", "world_size"}
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -60,10 +62,17 @@ def write_last(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _duplicate(path: Path, copy: Path) -> None:
+    """A second name for a file, or a copy of it."""
     try:
         os.link(path, copy)
     except OSError:  # a file system without hard links
         shutil.copyfile(path, copy)
+
+
+def adopt_best(source: Path, folder: Path) -> None:
+    """Take over the best checkpoint of a run that `source` is of, or else `source` itself, into another folder."""
+    best = source.with_name(BEST) if source.with_name(BEST).exists() else source
+    write_atomically(folder / BEST, lambda temporary: _duplicate(best, temporary))
 
 
 def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -86,7 +95,7 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint that a run can continue from."""
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or "optimizer" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not NEEDED_TO_RESUME <= checkpoint.keys():
         raise RunError(
             f"{path} holds weights but no training state to resume; --initial-checkpoint starts from weights"
         )

@@ -14,16 +14,21 @@ import yaml
 
 from ..zoo import CheckpointError, read_checkpoint
 from . import report
-from .checkpoints import BEST, LAST, PREVIOUS, find_newest, read_training_checkpoint
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
 from .evaluation import Details, evaluate, log_unreadable, write_details
 from .loaders import make_loader, seed_all
 from .models import create_model, load_weights, resolve_data_settings
 from .options import RunError, parse_options, stored_options
 from .process import Process, start_process
-from .sources import check_classes, open_source
-from .trainer import Diverged, Trainer
+from .sources import check_classes, open_source, relabel
+from .trainer import Diverged, ExternalLogs, Trainer
 
 _logger = logging.getLogger(__name__)
+
+# What --eval takes from a checkpoint: the model and the images, not the machine or the training
+EVALUATION_SETTINGS = {"model", "gp", "img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
+EVALUATION_SETTINGS |= {"amp", "amp_dtype", "channels_last", "batch_size", "dataset", "val_split", "class_map"}
+EVALUATION_SETTINGS |= {"input_key", "target_key", "val_num_samples"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +41,13 @@ def main(argv: list[str] | None = None) -> int:
         if options.eval:
             checkpoint = read_checkpoint(options.eval)
             if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
-                options = parse_options(argv, base=checkpoint["args"])
+                settings = {key: value for key, value in checkpoint["args"].items() if key in EVALUATION_SETTINGS}
+                options = parse_options(argv, base=settings)
         process = start_process(options.device)
         if not process.primary:
             logging.getLogger("convmlp").setLevel(logging.ERROR)
         if options.eval:
-            evaluate_checkpoint(options, process)
+            evaluate_checkpoint(options, process, checkpoint)
         else:
             train(options, process)
         return 0
@@ -51,6 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         _complain(str(error))
         return 1
+    except KeyboardInterrupt:
+        _complain("interrupted; --resume auto continues from the last checkpoint")
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -73,7 +82,8 @@ def train(options: Namespace, process: Process) -> None:
     """
     folder = run_folder(options)
     resumed = _find_resumable(options, folder)
-    train_source, val_source = open_source(options, train=True), open_source(options, train=False)
+    with process.first_on_machine():
+        train_source, val_source = open_source(options, train=True), open_source(options, train=False)
     class_names = check_classes(train_source, val_source, options)
     options.num_classes = len(class_names)
     seed_all(options.seed, "initialisation")
@@ -91,19 +101,26 @@ def train(options: Namespace, process: Process) -> None:
     )
     if resumed:
         trainer.load(*resumed)
+    logs = None
     if process.primary:
-        _claim_folder(folder, keep=bool(resumed))
+        make_folder(folder)
+        logs = ExternalLogs(options, folder)
+        _claim_folder(folder, resumed[0] if resumed else None)
         (folder / "args.yaml").write_text(yaml.safe_dump(stored_options(options), sort_keys=False))
-    trainer.run()
+    trainer.run(logs)
 
 
-def evaluate_checkpoint(options: Namespace, process: Process) -> None:
-    """Evaluate the checkpoint of --eval on the validation images; print and write what came out."""
+def evaluate_checkpoint(options: Namespace, process: Process, checkpoint: Any) -> None:
+    """Evaluate the checkpoint of --eval, already read, on the validation images; print and write what came out."""
     source = open_source(options, train=False)
+    names = checkpoint.get("class_names") if isinstance(checkpoint, dict) else None
+    if isinstance(names, list):
+        source = relabel(source, names, options.eval)
+        options.num_classes = len(names)
     class_names = check_classes(source, source, options)
     options.num_classes = len(class_names)
     model = create_model(Namespace(**{**vars(options), "pretrained": False, "initial_checkpoint": None}), process)
-    load_weights(model, options.eval, options.use_ema, new_head=False)
+    load_weights(model, checkpoint, options.eval, options.use_ema, new_head=False)
     model = model.to(process.device)
     data_config = resolve_data_settings(options, model)
     loader = make_loader(source, options, data_config, process, train=False)
@@ -113,7 +130,7 @@ def evaluate_checkpoint(options: Namespace, process: Process) -> None:
     metrics = evaluate(model, loader, options, process, details, desc="evaluating")
     folder = run_folder(options)
     if process.primary:
-        _make_folder(folder)
+        make_folder(folder)
         log_unreadable(loader)
         write_details(folder, details, class_names)
         _logger.info(report.per_class_table(details.confusion, class_names))
@@ -124,12 +141,15 @@ def evaluate_checkpoint(options: Namespace, process: Process) -> None:
 
 
 def run_folder(options: Namespace) -> Path:
-    """--output/--experiment; the experiment is by default the config's or the model's name."""
+    """--output/--experiment; an evaluation by default goes beside its checkpoint."""
+    if options.eval and not options.output and not options.experiment:
+        return Path(options.eval).parent / "eval"
     name = options.experiment or (Path(options.config).stem if options.config else options.model)
-    return Path(options.output) / (f"{name}-eval" if options.eval and not options.experiment else name)
+    return Path(options.output or "output") / name
 
 
-def _make_folder(folder: Path) -> None:
+def make_folder(folder: Path) -> None:
+    """Create the output folder, or say that it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -139,9 +159,16 @@ def _make_folder(folder: Path) -> None:
         raise RunError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
 
+def _check_folder(folder: Path) -> None:
+    """The same before anything is created, as far as that can be told."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise RunError(f"cannot write into the output folder {folder}: {existing} is not a folder one may write into")
+
+
 def _find_resumable(options: Namespace, folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint to continue from, after making sure that no other run is overwritten unasked."""
-    _make_folder(folder)
+    _check_folder(folder)
     if options.resume == "auto" and not options.overwrite:
         found = find_newest(folder)
         if found is None:
@@ -149,15 +176,19 @@ def _find_resumable(options: Namespace, folder: Path) -> tuple[Path, dict[str, A
         return found
     source = Path(options.resume) if options.resume and options.resume != "auto" else None
     continues_there = source is not None and source.resolve().parent == folder.resolve()
-    if (folder / LAST).exists() and not continues_there and not options.overwrite:
+    holds_a_run = any((folder / name).exists() for name in (LAST, PREVIOUS, BEST))
+    if holds_a_run and not continues_there and not options.overwrite:
         raise RunError(
             f"{folder} holds a run; --resume auto continues it, --overwrite or --experiment NAME starts anew"
         )
     return (source, read_training_checkpoint(source)) if source else None
 
 
-def _claim_folder(folder: Path, keep: bool) -> None:
-    """Remove what an earlier run left, unless it is continued."""
-    if not keep:
-        for name in (LAST, PREVIOUS, BEST, "summary.csv"):
-            (folder / name).unlink(missing_ok=True)
+def _claim_folder(folder: Path, resumed: Path | None) -> None:
+    """Remove what an earlier run left, unless it is continued, and bring the best checkpoint of the one that is."""
+    if resumed and resumed.resolve().parent == folder.resolve():
+        return
+    for name in (LAST, PREVIOUS, BEST, "summary.csv"):
+        (folder / name).unlink(missing_ok=True)
+    if resumed:
+        adopt_best(resumed, folder)

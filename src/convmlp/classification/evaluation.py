@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from . import report
 from .loaders import Loader, StreamLoader
+from .options import RunError
 from .process import Process, autocast, resolve_amp_dtype
 
 _logger = logging.getLogger(__name__)
@@ -69,6 +70,9 @@ def evaluate(
             details.update(images, logits, targets)
     if details:
         details.confusion = sum(process.gather(details.confusion))
+    if not sum(process.gather(int(evaluator.counts[0]))):
+        first = f": {loader.unreadable[0]}" if loader.unreadable else ""
+        raise RunError(f"not one validation image could be read{first}")
     return dict(evaluator.compute(distributed=process.distributed))
 
 

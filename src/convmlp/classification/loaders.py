@@ -133,6 +133,8 @@ class BatchDataset(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.source.load(index)
+        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
+            image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
         return image.convert(self.image_mode), target
 
     def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -240,7 +242,7 @@ class Loader:
             channels=data_config["input_size"][0],
             device=device,
         )
-        if train and options.reprob > 0 and not options.no_aug:
+        if train and options.reprob > 0 and options.aug:
             self._on_device.random_erasing = KeyedErasing(
                 options.reprob, mode=options.remode, max_count=options.recount, device=device
             )
@@ -288,6 +290,8 @@ class StreamLoader:
         train: bool,
     ):
         self.dataset = dataset
+        self._title = options.dataset
+        _create_transform(options, data_config, train)  # says what is wrong with the options, if anything is
         self._loader = create_loader(
             dataset,
             data_config["input_size"],
@@ -312,11 +316,15 @@ class StreamLoader:
         return len(self) * self._loader.loader.batch_size
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return iter(self._loader)
+        n_batches = 0
+        for n_batches, batch in enumerate(self._loader, 1):  # noqa: B007
+            yield batch
+        if not n_batches:
+            raise RunError(f"--dataset {self._title} gave no batch; do the shards exist?")
 
     def start(self, epoch: int, first: int = 0) -> None:
         if first:
-            raise RunError(f"--dataset {self.dataset} cannot resume within an epoch; do not set --checkpoint-interval")
+            raise RunError(f"--dataset {self._title} cannot resume within an epoch")
         self.dataset.set_epoch(epoch)
 
     def names(self, epoch: int, number: int) -> list[str]:
@@ -337,7 +345,7 @@ def make_loader(
 
 def create_mixup(options: Any) -> FastCollateMixup | None:
     """Mixup and cutmix as the options ask, or None."""
-    if not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
+    if not options.aug or not (options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax):
         return None
     return FastCollateMixup(
         mixup_alpha=options.mixup,
@@ -373,7 +381,7 @@ def _transform_settings(options: Any, data_config: dict[str, Any], train: bool) 
     if not train:
         return settings | {key: data_config[key] for key in ("interpolation", "crop_pct", "crop_mode")}
     return settings | {
-        "no_aug": options.no_aug,
+        "no_aug": not options.aug,
         "scale": tuple(options.scale),
         "ratio": tuple(options.ratio),
         "hflip": options.hflip,

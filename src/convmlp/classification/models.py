@@ -2,6 +2,7 @@
 
 import logging
 from argparse import Namespace
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -15,9 +16,10 @@ from torch import nn
 from .. import timm_models  # noqa: F401  (registers our models with timm)
 from ..model import ConvMLP
 from ..zoo import (
+    MIRRORS,
+    VARIANTS,
     CheckpointError,
     adapt_state_dict,
-    checkpoint_urls,
     download,
     extract_state_dict,
     load_pretrained,
@@ -29,44 +31,72 @@ from .process import Process
 
 _logger = logging.getLogger(__name__)
 
+TEACHER = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": None, "grad_checkpointing": False}
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd", "momentum", "nesterov")
 
 
 def create_model(options: Namespace, process: Process) -> nn.Module:
     """The model of the options with its starting weights."""
-    if not timm.is_model(options.model):
-        raise RunError(f"unknown --model {options.model}{suggest(options.model, timm.list_models())}")
+    _check_name("--model", options.model)
+    ours = _is_ours(options.model)
+    pretrained = options.pretrained and not options.initial_checkpoint
     settings = {"drop_path_rate": options.drop_path, "global_pool": options.gp}
+    if timm.get_pretrained_cfg_value(options.model, "fixed_input_size"):
+        settings["img_size"] = options.img_size
     try:
-        model = timm.create_model(
-            options.model,
-            num_classes=options.num_classes,
-            in_chans=options.in_chans,
-            drop_rate=options.drop,
-            **{key: value for key, value in settings.items() if value is not None},
-        )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RunError(f"--model {options.model}: {error}") from error
+        with process.first_on_machine():
+            if pretrained and ours:
+                urls = [mirror + _published_file(options.model) for mirror in MIRRORS]
+                download(urls, progress=process.primary)
+            model = timm.create_model(
+                options.model,
+                pretrained=pretrained and not ours,
+                num_classes=options.num_classes,
+                in_chans=options.in_chans,
+                drop_rate=options.drop,
+                **{key: value for key, value in settings.items() if value is not None},
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:  # of models that are not ours, in a hundred files
+        _logger.debug("creating the model failed", exc_info=True)
+        raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error
     if options.initial_checkpoint:
-        load_weights(model, options.initial_checkpoint, options.use_ema, new_head=True)
-    elif options.pretrained and isinstance(model, ConvMLP):
-        urls = checkpoint_urls(options.model.split(".")[0].removesuffix("_classification"))
-        if process.local_rank == 0:
-            download(urls, progress=process.primary)
-        process.barrier()
+        path = options.initial_checkpoint
+        load_weights(model, read_checkpoint(path), path, options.use_ema, new_head=True)
+    elif pretrained and ours:
         load_pretrained(model, urls)
-    elif options.pretrained:
-        from timm.models import load_pretrained as load_timm_pretrained
-
-        load_timm_pretrained(model, num_classes=options.num_classes, in_chans=options.in_chans)
     if options.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
 
 
-def load_weights(model: nn.Module, path: str, use_ema: bool, new_head: bool) -> None:
-    """Load a checkpoint; a head of other classes starts afresh if `new_head`, else it is an error."""
-    state_dict = extract_state_dict(read_checkpoint(path), use_ema, name=path)
+def _check_name(option: str, name: str) -> None:
+    if not timm.is_model(name):
+        raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
+    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    if "." in name and name not in tags:
+        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
+
+
+def _is_ours(name: str) -> bool:
+    return name.split(".")[0].removesuffix("_classification") in VARIANTS
+
+
+def _published_file(name: str) -> str:
+    return timm.get_pretrained_cfg(name).url.rpartition("/")[2]
+
+
+def load_weights(model: nn.Module, checkpoint: Any, path: str, use_ema: bool, new_head: bool) -> None:
+    """Load a checkpoint that was read from `path`.
+
+    A head of another number of classes starts afresh if `new_head`, else it is an error.
+    The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    """
+    state_dict = extract_state_dict(checkpoint, use_ema, name=path)
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("data_config"), dict):
+        own = {key: checkpoint["data_config"].get(key) for key in ("mean", "std")}
+        model.pretrained_cfg = {**model.pretrained_cfg, **{key: value for key, value in own.items() if value}}
     classifier = model.pretrained_cfg["classifier"]
     weight = state_dict.get(f"{classifier}.weight")
     if weight is not None and len(weight) != model.num_classes and not new_head:
@@ -85,10 +115,16 @@ def load_weights(model: nn.Module, path: str, use_ema: bool, new_head: bool) -> 
 
 
 def resolve_data_settings(options: Namespace, model: nn.Module) -> dict[str, Any]:
-    """Image size and normalisation, of the options or the model's; plain values."""
+    """Image size and normalisation, of the options or the model's; plain values, which the model is told."""
     config = resolve_data_config(vars(options), model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}  # for a teacher
+    for key in ("mean", "std"):
+        config[key] = _per_channel(config[key], options.in_chans)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+
+
+def _per_channel(values: Sequence[float], channels: int) -> list[float]:
+    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 class _Float32Loss(nn.Module):
@@ -102,22 +138,30 @@ class _Float32Loss(nn.Module):
         return self.loss(logits.float(), targets)
 
 
-def create_task(options: Namespace, model: nn.Module, device: torch.device) -> TrainingTask:
+def create_task(options: Namespace, model: nn.Module, process: Process) -> TrainingTask:
+    """The model with its loss, and the teacher's if there is one."""
+    device = process.device
     criterion = _Float32Loss(
         create_classification_loss(smoothing=options.smoothing, soft_targets=create_mixup(options) is not None)
     )
     if not options.kd_model:
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    if not timm.is_model(options.kd_model):
-        raise RunError(f"unknown --kd-model {options.kd_model}{suggest(options.kd_model, timm.list_models())}")
-    teacher = timm.create_model(
-        options.kd_model,
-        pretrained=not options.kd_checkpoint,
-        num_classes=options.num_classes,
-        in_chans=options.in_chans,
+    _check_name("--kd-model", options.kd_model)
+    classes = timm.get_pretrained_cfg_value(options.kd_model, "num_classes")
+    if not options.kd_checkpoint and classes != options.num_classes:
+        raise RunError(
+            f"--kd-model {options.kd_model} knows {classes} classes, the data {options.num_classes}: give a "
+            "--kd-checkpoint of a teacher of the same classes"
+        )
+    teacher = create_model(
+        Namespace(**vars(options) | TEACHER | {"model": options.kd_model, "pretrained": not options.kd_checkpoint}),
+        process,
     )
     if options.kd_checkpoint:
-        load_weights(teacher, options.kd_checkpoint, options.use_ema, new_head=False)
+        path = options.kd_checkpoint
+        load_weights(teacher, read_checkpoint(path), path, options.use_ema, new_head=False)
+    for key in ("mean", "std"):
+        teacher.pretrained_cfg[key] = _per_channel(teacher.pretrained_cfg[key], options.in_chans)
     return LogitDistillationTask(
         model,
         teacher.to(device),
@@ -130,6 +174,7 @@ def create_task(options: Namespace, model: nn.Module, device: torch.device) -> T
 
 
 def create_optimizer(options: Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer of the options, fused where PyTorch has it."""
     fused = {"fused": True} if options.opt.lower() in FUSED_OPTIMIZERS and device.type in ("cuda", "cpu") else {}
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(options), **fused)

@@ -7,6 +7,8 @@ values it starts from.
 
 import argparse
 import difflib
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,8 +43,25 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if action.help else "default: %(default)s"
 
 
-def _num_classes(text: str) -> int | None:
+def number_or_auto(text: str) -> int | None:
     return None if text == "auto" else int(text)
+
+
+def numbers(text: str) -> list[float]:
+    """One or more numbers, separated by commas (or blanks, see `_join_numbers`)."""
+    return [float(part) for part in text.split(",")]
+
+
+def _join_numbers(argv: list[str]) -> list[str]:
+    """`--mean 0.5 0.4 0.3 DATA` to `--mean 0.5,0.4,0.3 DATA`: argparse would take DATA for a number as well."""
+    joined = ["", ""]
+    for token in argv:
+        is_number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", token)
+        if is_number and joined[-2] in ("--mean", "--std", "--decay-milestones"):
+            joined[-1] += f",{token}"
+        else:
+            joined.append(token)
+    return joined[2:]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -63,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--eval", metavar="CHECKPOINT", help="only evaluate this checkpoint; its own settings are the defaults")
     add("--resume", metavar="auto|FILE", help="continue a run: auto takes the newest checkpoint of the output folder")
     add("--overwrite", action=switch, default=False, help="replace an earlier run in the output folder")
-    add("--output", default="output", metavar="DIR", help="where runs are kept")
+    add("--output", metavar="DIR", help="where runs are kept, by default output; with --eval beside the checkpoint")
     add("--experiment", metavar="NAME", help="folder of this run in --output; by default the config's or model's name")
 
     add = parser.add_argument_group("data").add_argument
@@ -73,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val-split", default="validation", metavar="NAME", help="val, valid and validation stand for each other")
     add("--download", "--dataset-download", action=switch, default=False, help="let a tv- dataset download itself")
     add("--class-map", metavar="FILE", help="text file of class names in the order of their numbers")
-    add("--num-classes", type=_num_classes, metavar="N|auto", help="auto takes the data's")
+    add("--num-classes", type=number_or_auto, metavar="N|auto", help="auto takes the data's")
     add("--input-key", metavar="NAME", help="image field of an hfds or wds dataset")
     add("--target-key", metavar="NAME", help="label field of an hfds or wds dataset")
     add("--train-num-samples", type=int, metavar="N", help="images in a wds training set that does not say so itself")
@@ -94,8 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("image size and normalisation; by default the model's").add_argument
     add("--img-size", type=int, metavar="PX")
     add("--in-chans", type=int, choices=[1, 3], default=3, help="1 reads images as greyscale")
-    add("--mean", type=float, nargs="+", metavar="M")
-    add("--std", type=float, nargs="+", metavar="S")
+    add("--mean", type=numbers, metavar="M[,M,M]", help="one value, or one a channel; blanks may separate them")
+    add("--std", type=numbers, metavar="S[,S,S]")
     add("--interpolation", metavar="NAME", help="for evaluation: bilinear, bicubic, ...")
     add("--crop-pct", type=float, metavar="F", help="evaluation crop over resized image")
     add("--crop-mode", choices=["center", "squash", "border"], help="evaluation crop")
@@ -125,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--cooldown-epochs", type=int, default=0, metavar="N", help="epochs at --min-lr after the schedule")
     add("--patience-epochs", type=int, default=10, metavar="N", help="for plateau")
     add("--decay-epochs", type=float, default=90, metavar="N", help="for step, wsd, rsqrt")
-    add("--decay-milestones", type=int, nargs="+", default=[90, 180, 270], metavar="N", help="for multistep")
+    add("--decay-milestones", type=numbers, default=[90, 180, 270], metavar="N,N", help="for multistep")
     add("--decay-rate", type=float, default=0.1, help="for step, multistep, plateau; the power for poly")
 
     add = parser.add_argument_group("optimizer and loss").add_argument
@@ -147,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--kd-temperature", type=float, default=1.0)
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--no-aug", action="store_true", help="resize and crop only")
+    add("--aug", action=switch, default=True, help="--no-aug: resize and crop only")
     add("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of the random crop")
     add("--ratio", type=float, nargs=2, default=[3 / 4, 4 / 3], help="aspect ratio of the random crop")
     add("--train-interpolation", default="random", help="random, bilinear, bicubic, ...")
@@ -184,6 +203,7 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
         RunError: an unknown name (the nearest is offered), a bad value, or an unreadable config.
     """
     parser = build_parser()
+    argv = _join_numbers(argv)
     given, _ = parser.parse_known_args(argv)
     options = parser.parse_args([])
     if base:
@@ -191,6 +211,8 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
     if given.config:
         _apply(parser, load_config(Path(given.config)), options, given.config)
     options, unknown = parser.parse_known_args(argv, options)
+    if unknown and not unknown[0].startswith("-"):
+        raise RunError(f"there is one DATA folder, got {options.data} and {unknown[0]}")
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
         raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
@@ -240,6 +262,8 @@ def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: arg
                 tokens.append(flag)
             elif isinstance(action, argparse.BooleanOptionalAction):
                 tokens.append(f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, list) and action.type is numbers:
+            tokens.append(f"{flag}={','.join(map(str, value))}")
         elif isinstance(value, list) and action.nargs is not None:
             tokens += [flag, *map(str, value)]
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
@@ -259,19 +283,31 @@ def _check_ranges(options: argparse.Namespace) -> None:
         if not condition:
             raise RunError(message)
 
-    for name in ("epochs", "batch_size", "grad_accum_steps", "log_interval", "img_size", "validation_batch_size"):
+    def check(names: str, holds: Callable[[Any], bool], rule: str) -> None:
+        for name in names.split():
+            value = getattr(options, name)
+            require(value is None or holds(value), f"--{name.replace('_', '-')} {rule}, got {value}")
+
+    check("epochs batch_size validation_batch_size grad_accum_steps log_interval", lambda x: x > 0, "must be positive")
+    check("img_size crop_pct clip_grad decay_epochs recount kd_temperature", lambda x: x > 0, "must be positive")
+    check("warmup_epochs cooldown_epochs patience_epochs checkpoint_interval", lambda x: x >= 0, "cannot be negative")
+    check("mixup_off_epoch workers mixup cutmix seed lr min_lr warmup_lr", lambda x: x >= 0, "cannot be negative")
+    check("hflip vflip reprob mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "lies between 0 and 1")
+    check("drop drop_path smoothing model_ema_decay", lambda x: 0 <= x < 1, "lies between 0 and 1")
+    check("scale cutmix_minmax", lambda x: 0 < x[0] <= x[1] <= 1, "is a smaller and a larger part of 1")
+    check("ratio", lambda x: 0 < x[0] <= x[1], "is a smaller and a larger number")
+    check(
+        "mean std", lambda x: len(x) in (1, options.in_chans), f"takes one value or one a channel ({options.in_chans})"
+    )
+    require(options.kd_model or not options.kd_checkpoint, "--kd-checkpoint needs --kd-model")
+    require(options.amp or options.amp_dtype == "auto", "--amp-dtype needs --amp")
+    require(not (options.eval and options.resume), "--eval evaluates and --resume trains: give one of them")
+    streamed = options.dataset.partition("/")[0].lower() in ("wds", "tfds", "hfids")
+    keyed = streamed or options.dataset.lower().startswith("hfds/")
+    require(keyed or not (options.input_key or options.target_key), "--input-key and --target-key are for hfds and wds")
+    for name, off in (("checkpoint_interval", 0), ("mixup_off_epoch", 0), ("on_bad_image", "skip")):
         value = getattr(options, name)
-        require(value is None or value > 0, f"--{name.replace('_', '-')} must be positive, got {value}")
-    for name in ("warmup_epochs", "cooldown_epochs", "checkpoint_interval", "mixup_off_epoch", "workers", "mixup"):
-        value = getattr(options, name)
-        require(value is None or value >= 0, f"--{name.replace('_', '-')} cannot be negative, got {value}")
-    for name in ("drop", "smoothing", "hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "drop_path"):
-        value = getattr(options, name)
-        require(value is None or 0 <= value <= 1, f"--{name.replace('_', '-')} lies between 0 and 1, got {value}")
-    for name in ("mean", "std"):
-        value = getattr(options, name)
-        if value is not None and len(value) not in (1, options.in_chans):
-            raise RunError(f"--{name} takes one value or one a channel ({options.in_chans}), got {len(value)}")
+        require(not streamed or value == off, f"--{name.replace('_', '-')} {value} does not work with streamed data")
     mixes = options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
     require(
         not (mixes and options.batch_size % 2), f"mixup and cutmix need an even --batch-size, got {options.batch_size}"

@@ -1,7 +1,9 @@
 """This process among those of the run, and the device it works on."""
 
 import os
-from contextlib import nullcontext
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +32,13 @@ class Process:
     def distributed(self) -> bool:
         return self.world_size > 1
 
-    def barrier(self) -> None:
-        if self.distributed:
+    @contextmanager
+    def first_on_machine(self) -> Iterator[None]:
+        """Let one process of each machine go first, such as for a download that the others then find."""
+        if self.distributed and self.local_rank != 0:
+            dist.barrier()
+        yield
+        if self.distributed and self.local_rank == 0:
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
@@ -54,7 +61,7 @@ def start_process(device: str) -> Process:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     kind = device.split(":")[0]
-    if kind not in ("cuda", "mps", "cpu", "xpu", "npu", "hpu"):
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", device):
         raise RunError(f"unknown --device {device}; auto, cuda, mps or cpu")
     if kind == "cuda" and not torch.cuda.is_available():
         raise RunError("--device cuda: PyTorch finds no GPU here; --device auto takes what is there")

@@ -1,6 +1,7 @@
 """What a run shows: learning curves, a confusion matrix, per-class accuracies, pictures with predictions."""
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,7 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str
     axis.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusion)} of {confusion.sum()} right")
     if n <= LABELLED_CLASSES:
         long_names = max(map(len, class_names)) > 3
+        class_names = [_drawn(name) for name in class_names]
         axis.set_xticks(range(n), class_names, rotation=60 if long_names else 0, ha="right" if long_names else "center")
         axis.set_yticks(range(n), class_names)
         for row, column in zip(*np.nonzero(confusion), strict=True):
@@ -97,9 +99,9 @@ def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[s
         axis.axis("off")
     for axis, picture in zip(axes, pictures, strict=False):
         right = picture.target == picture.prediction
-        title = f"{_short(class_names[picture.prediction])} ({100 * picture.probability:.0f} %)"
+        title = f"{_drawn(class_names[picture.prediction])} ({100 * picture.probability:.0f} %)"
         if not right:
-            title += f"\nnot {_short(class_names[picture.target])}"
+            title += f"\nnot {_drawn(class_names[picture.target])}"
         grey = picture.image.shape[-1] == 1
         axis.imshow(picture.image[..., 0] if grey else picture.image, cmap="gray" if grey else None)
         axis.set_title(title, fontsize=8, color="black" if right else "crimson")
@@ -132,7 +134,13 @@ def per_class_table(confusion: np.ndarray, class_names: Sequence[str]) -> str:
 
 
 def _short(name: str) -> str:
+    """A class name for a table."""
     return name if len(name) <= 18 else name[:17] + "…"
+
+
+def _drawn(name: str) -> str:
+    """A class name for a picture, where matplotlib would take dollars for formulas."""
+    return _short(name).replace("$", r"\$")
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -140,7 +148,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with matplotlib.rc_context({"savefig.facecolor": "white"}):
+    with matplotlib.rc_context({"savefig.facecolor": "white"}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # class names in scripts the font lacks
         write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 

@@ -1,6 +1,7 @@
 """Where the images of a classification run come from, and whether their classes agree."""
 
 import inspect
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import torchvision
 from PIL import Image
 from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import create_reader
+from timm.utils.misc import natural_key
 
 from .options import RunError, suggest
 
+IMAGE_EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
 N_HELD_OUT_DIGITS = 360
 
@@ -87,7 +90,26 @@ class DigitsSource:
         return f"{self.title} image {index}"
 
 
-Source = ReaderSource | TorchvisionSource | DigitsSource
+class RelabelledSource:
+    """Another source with its classes numbered as in `class_names`, which may have more of them."""
+
+    def __init__(self, source: "Source", class_names: list[str]):
+        self.source = source
+        self.class_names = class_names
+        self._numbers = [class_names.index(name) for name in source.class_names]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.source.load(index)
+        return image, self._numbers[target]
+
+    def name(self, index: int) -> str:
+        return self.source.name(index)
+
+
+Source = ReaderSource | TorchvisionSource | DigitsSource | RelabelledSource
 
 
 def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
@@ -103,6 +125,10 @@ def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
     if name.startswith("tv-"):
         return _torchvision_source(options, train)
     split = options.train_split if train else options.val_split
+    if options.class_map and not Path(options.class_map).is_file():
+        raise RunError(f"no such --class-map: {options.class_map}")
+    if kind in ("wds", "tfds") and not (options.data_dir and Path(options.data_dir).is_dir()):
+        raise RunError(f"no data folder for --dataset {name}: {options.data_dir or 'name it last on the command line'}")
     keys = {"input_key": options.input_key, "target_key": options.target_key}
     keys = {key: value for key, value in keys.items() if value is not None}
     try:
@@ -129,7 +155,7 @@ def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
     except ImportError as error:
         package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}[kind]
         raise RunError(f"--dataset {name} needs a missing package: pip install {package}") from error
-    except (RuntimeError, ValueError, OSError) as error:
+    except (RuntimeError, ValueError, OSError, AssertionError, LookupError, TypeError) as error:
         raise RunError(f"cannot open --dataset {name} {split}: {error}") from error
     if name:
         known = ["sklearn-digits", "tv-CIFAR10", "hfds/", "hfids/", "tfds/", "wds/"]
@@ -153,16 +179,42 @@ def _folder_source(options: Any, split: str) -> ReaderSource:
             f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
             f"and --val-split"
         )
+    settings = {"input_key": ";".join(IMAGE_EXTENSIONS)} if path.is_dir() else {}
     try:
-        reader = create_reader("", str(path), class_map=options.class_map)
-    except RuntimeError as error:
-        raise RunError(str(error)) from error
-    if path.is_dir():
-        filled = {Path(reader.filename(i)).parts[0] for i in range(len(reader))}
-        empty = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in filled)
-        if empty and not options.class_map:
-            raise RunError(f"class folder {path / empty[0]} holds no images ({len(empty)} such); remove or fill it")
-    return ReaderSource(reader)
+        reader = create_reader("", str(path), class_map=options.class_map, **settings)
+    except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError) as error:
+        raise RunError(f"cannot read {path}: {error or type(error).__name__}") from error
+    if path.is_dir() and not options.class_map:
+        _name_classes(reader, path)
+    source = ReaderSource(reader)
+    if path.is_file() and len({tuple(natural_key(name)) for name in source.class_names}) < len(source.class_names):
+        raise RunError(f"{path} has classes that differ in case alone; unpack it, or give a --class-map")
+    return source
+
+
+def _name_classes(reader: Any, root: Path) -> None:
+    """Number the classes in an order that depends on their names alone, after a look at the folders.
+
+    timm's own order leaves names that differ in case alone, such as A and a, to chance.
+    """
+    parents = [Path(path).relative_to(root).parent for path, _ in reader.samples]
+    hidden = [any(part.startswith(".") for part in parent.parts) for parent in parents]
+    reader.samples = [sample for sample, skip in zip(reader.samples, hidden, strict=True) if not skip]
+    parents = [parent for parent, skip in zip(parents, hidden, strict=True) if not skip]
+    folders = {parent.name: parent for parent in parents}
+    if "" in folders:
+        raise RunError(f"{root} holds images beside its class folders; expected {root}/CLASS/IMAGE")
+    twice = next((parent for parent in parents if folders[parent.name] != parent), None)
+    if twice is not None:
+        raise RunError(f"two class folders in {root} have one name: {twice} and {folders[twice.name]}")
+    filled = {folder.parts[0] for folder in folders.values()}
+    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and p.name[0] != ".")
+    if empty:
+        raise RunError(f"class folder {root / empty[0]} holds no images ({len(empty)} such); remove or fill it")
+    reader.class_to_idx = {n: i for i, n in enumerate(sorted(folders, key=lambda name: (natural_key(name), name)))}
+    reader.samples = [
+        (path, reader.class_to_idx[parent.name]) for (path, _), parent in zip(reader.samples, parents, strict=True)
+    ]
 
 
 def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
@@ -190,7 +242,7 @@ def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
             )
         except ValueError as error:  # an unknown split
             reason = str(error)
-        except (RuntimeError, OSError) as error:
+        except (RuntimeError, OSError, TypeError, ImportError) as error:
             hint = "; --download lets it download itself" if settings and not options.download else ""
             raise RunError(f"cannot open {name} in {options.data_dir}: {error}{hint}") from error
     raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
@@ -219,6 +271,18 @@ def check_classes(train: Source | IterableImageDataset, val: Source | IterableIm
             f"the data's"
         )
     return names
+
+
+def relabel(source: Any, class_names: list[str], path: str) -> Any:
+    """The source with the class numbers of a checkpoint; a class that the checkpoint does not know is an error."""
+    names = getattr(source, "class_names", [])
+    unknown = [name for name in names if name not in class_names]
+    if unknown:
+        raise RunError(
+            f"{path} does not know the class {unknown[0]} of the data ({len(unknown)} such); it knows "
+            f"{', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
+        )
+    return source if not names or names == class_names else RelabelledSource(source, class_names)
 
 
 def image_mode(options: Any) -> str:

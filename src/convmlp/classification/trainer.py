@@ -67,7 +67,7 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = create_task(options, model, process.device)
+        self.task = create_task(options, model, process)
         self.optimizer = create_optimizer(options, model, process.device)
         self.updates_per_epoch = -(-len(train_loader) // options.grad_accum_steps)
         try:
@@ -159,6 +159,7 @@ class Trainer:
         self.best = state["best"]
         if state["evaluated"]:
             self.epoch, self.batch = state["epoch"] + 1, 0
+            self.updates = self.epoch * self.updates_per_epoch  # which another batch size may have changed
         else:
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.loss_sum.fill_(state["loss_sums"][self.process.rank])
@@ -175,9 +176,9 @@ class Trainer:
                 raise Diverged(f"{name} is not finite after update {self.updates}; {self._last_good()}")
         state = self.state(evaluated)
         if self.process.primary:
-            write_last(self.folder, state)
-            if evaluated and self.best and self.best["epoch"] == self.epoch:
+            if evaluated and self.best and self.best["epoch"] == self.epoch:  # before last.pth, which speaks of it
                 write_checkpoint(self.folder / BEST, {key: v for key, v in state.items() if key != "optimizer"})
+            write_last(self.folder, state)
 
     def _last_good(self) -> str:
         last = self.folder / LAST
@@ -188,8 +189,8 @@ class Trainer:
         prefix = "eval_ema_" if self.task.has_ema() else "eval_"
         return row[prefix + self.options.eval_metric]
 
-    def run(self) -> None:
-        """Train to the end, then show how the best checkpoint does."""
+    def run(self, logs: "ExternalLogs | None") -> None:
+        """Train to the end, then show how the best checkpoint does. The primary process has the logs."""
         n_train, n_val = len(self.train_loader.dataset), len(self.val_loader.dataset)
         precision = "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
         _logger.info(
@@ -197,7 +198,6 @@ class Trainer:
             f"of {self.data_config['input_size'][-1]} px\n{self.process.world_size} x {self.process.device.type}, "
             f"{precision}, {self.epochs} epochs of {len(self.train_loader)} batches, output in {self.folder}"
         )
-        logs = _ExternalLogs(self.options, self.folder) if self.process.primary else None
         if self.epoch >= self.epochs:
             _logger.info("the run is already complete")
         while self.epoch < self.epochs:
@@ -205,7 +205,7 @@ class Trainer:
             train_loss, rate = self.train_epoch()
             row = self._evaluate_epoch(train_loss)
             self.save(evaluated=True)
-            if self.process.primary:
+            if logs:
                 report.write_summary(self.folder / "summary.csv", self.history)
                 report.write_curves(self.folder / "curves.png", self.history)
                 logs.write(row)
@@ -257,13 +257,13 @@ class Trainer:
             saves_now = bool(
                 updates_now and options.checkpoint_interval and self.updates % options.checkpoint_interval == 0
             )
-            if saves_now or self.batch == n_batches or len(unchecked) >= check_interval:
+            if saves_now or self.batch == n_batches or self.batch % check_interval == 0:
                 self._check_finite(torch.stack(unchecked), number)
                 rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
                 status = f"loss {unchecked[-1].item():.3f}, lr {self._lr():.1e}, {rate:.0f} img/s"
                 bar.set_postfix_str(status, refresh=False)
-                if bar.disable and number and number % options.log_interval == 0:
-                    _logger.info(f"epoch {self.epoch} batch {number}/{n_batches}: {status}")
+                if bar.disable and self.batch % options.log_interval == 0:
+                    _logger.info(f"epoch {self.epoch} batch {self.batch}/{n_batches}: {status}")
                 unchecked.clear()
             bar.update()
             if saves_now and self.batch < n_batches:
@@ -273,6 +273,8 @@ class Trainer:
         rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
         if process.distributed and options.dist_bn:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
+            if task.has_ema():
+                distribute_bn(task.get_trainable_module(ema=True).module, process.world_size)
         return sum(process.gather(self.loss_sum.item())) / (n_batches * process.world_size), rate
 
     def _backward(self, loss: torch.Tensor, updates_now: bool) -> None:
@@ -336,10 +338,11 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the best checkpoint once more, in detail."""
-        model = self.task.get_eval_model(ema=self.task.has_ema())
+        model = self.task.get_eval_model(ema=True) if self.task.has_ema() else self.eval_model
         weights = self.task.get_trainable_module(ema=True).module if self.task.has_ema() else self.model
         if self.process.primary:
-            weights.load_state_dict(extract_state_dict(read_checkpoint(self.folder / BEST)))
+            best = self.folder / (BEST if (self.folder / BEST).exists() else LAST)
+            weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
         self.process.broadcast(weights)
         details = Details(len(self.class_names), self.val_loader.n_images, self.data_config)
         metrics = evaluate(model, self.val_loader, self.options, self.process, details, desc="evaluating the best")
@@ -354,7 +357,7 @@ class Trainer:
             )
 
 
-class _ExternalLogs:
+class ExternalLogs:
     """TensorBoard and Weights & Biases, when asked for."""
 
     def __init__(self, options: Namespace, folder: Path):
