@@ -128,10 +128,10 @@ def evaluate_checkpoint(options: Namespace, process: Process, checkpoint: Any) -
         model = model.to(memory_format=torch.channels_last)
     details = Details(len(class_names), loader.n_images, data_config)
     metrics = evaluate(model, loader, options, process, details, desc="evaluating")
+    log_unreadable(loader, process)
     folder = run_folder(options)
     if process.primary:
         make_folder(folder)
-        log_unreadable(loader)
         write_details(folder, details, class_names)
         _logger.info(report.per_class_table(details.confusion, class_names))
         _logger.info(

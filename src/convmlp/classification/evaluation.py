@@ -83,7 +83,9 @@ def write_details(folder: Path, details: Details, class_names: list[str]) -> Non
     report.write_sheet(folder / "predictions.png", details.pictures, class_names)
 
 
-def log_unreadable(loader: Loader | StreamLoader) -> None:
-    if loader.unreadable:
-        shown = "\n  ".join(loader.unreadable[:10])
-        _logger.warning(f"{len(loader.unreadable)} images could not be read and were skipped:\n  {shown}")
+def log_unreadable(loader: Loader | StreamLoader, process: Process) -> None:
+    """Count the images that could not be read, over all processes, and name some."""
+    names = sorted({name for names in process.gather(loader.unreadable) for name in names})
+    if names:
+        shown = "\n  ".join(names[:10])
+        _logger.warning(f"{len(names)} images could not be read and were skipped:\n  {shown}")

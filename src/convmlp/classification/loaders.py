@@ -6,6 +6,7 @@ resumes at any batch sees exactly what an undisturbed one sees, with no random s
 """
 
 import hashlib
+import logging
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from .options import RunError
 from .process import Process
 from .sources import Source, image_mode
+
+_logger = logging.getLogger(__name__)
 
 MAX_REPLACEMENTS = 10
 
@@ -190,7 +193,10 @@ class _Unpacked:
         for images, targets, unreadable in self.loader:
             if unreadable and self.stop:
                 raise RunError(f"unreadable image {unreadable[0]}; --on-bad-image skip goes on without it")
-            self.unreadable.update(dict.fromkeys(unreadable))
+            for note in unreadable:
+                if note not in self.unreadable:
+                    _logger.warning(f"skipping an unreadable image: {note}")
+                    self.unreadable[note] = None
             if len(images):
                 yield images, targets
             elif len(unreadable) >= MAX_REPLACEMENTS:

@@ -104,7 +104,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="convmlp_s", metavar="NAME", help="any timm model, ours among them")
     add("--pretrained", action=switch, default=False, help="start from the published ImageNet weights")
-    add("--initial-checkpoint", metavar="FILE", help="start from these weights; the head may have other classes")
+    add(
+        "--initial-checkpoint", metavar="FILE", help="start from these weights instead; the head may have other classes"
+    )
     add("--drop", type=float, default=0.0, metavar="P", help="dropout before the head")
     add("--drop-path", type=float, metavar="P", help="stochastic depth; by default the model's (ConvMLP 0.1)")
     add("--gp", metavar="POOL", help="global pooling: avg, max, avgmax")

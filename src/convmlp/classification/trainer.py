@@ -198,6 +198,8 @@ class Trainer:
             f"of {self.data_config['input_size'][-1]} px\n{self.process.world_size} x {self.process.device.type}, "
             f"{precision}, {self.epochs} epochs of {len(self.train_loader)} batches, output in {self.folder}"
         )
+        if logs and self.history:
+            report.write_summary(self.folder / "summary.csv", self.history)
         if self.epoch >= self.epochs:
             _logger.info("the run is already complete")
         while self.epoch < self.epochs:
@@ -269,7 +271,6 @@ class Trainer:
             if saves_now and self.batch < n_batches:
                 self.save(evaluated=False)
         bar.close()
-        log_unreadable(self.train_loader)
         rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
         if process.distributed and options.dist_bn:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
@@ -279,7 +280,7 @@ class Trainer:
 
     def _backward(self, loss: torch.Tensor, updates_now: bool) -> None:
         options = self.options
-        parameters = list(self.task.get_clip_parameters(exclude_head=options.clip_mode == "agc"))
+        parameters = self.task.get_clip_parameters(exclude_head=options.clip_mode == "agc")
         if self.scaler:
             self.scaler(
                 loss,
@@ -346,8 +347,9 @@ class Trainer:
         self.process.broadcast(weights)
         details = Details(len(self.class_names), self.val_loader.n_images, self.data_config)
         metrics = evaluate(model, self.val_loader, self.options, self.process, details, desc="evaluating the best")
+        for loader in (self.train_loader, self.val_loader):
+            log_unreadable(loader, self.process)
         if self.process.primary:
-            log_unreadable(self.val_loader)
             write_details(self.folder, details, self.class_names)
             _logger.info(
                 f"best epoch {self.best['epoch']}: top-1 {metrics['top1']:.2f} % ({np.trace(details.confusion)} of "
