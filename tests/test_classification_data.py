@@ -245,6 +245,13 @@ def test_hidden_folders_are_passed_over_and_many_formats_read(make_pictures):
     assert sum(len(targets) for _, targets in batches_of(loader_for(root, "--workers", "0"), 0)) == 24
 
 
+def test_a_class_map_orders_classes_and_says_which_folders_it_leaves_out(pictures, tmp_path, caplog):
+    (tmp_path / "map.txt").write_text("digit2\ndigit0\n")
+    source = open_source(options_for(pictures, "--class-map", str(tmp_path / "map.txt")), True)
+    assert source.class_names == ["digit2", "digit0"] and len(source) == 16
+    assert "lacks 1 folders" in caplog.text and "digit1" in caplog.text
+
+
 def test_sixteen_bit_pictures_are_scaled_to_eight(make_pictures):
     root = make_pictures()
     picture = sorted((root / "val" / "digit0").iterdir())[0]

@@ -56,8 +56,8 @@ def create_model(options: Namespace, process: Process) -> nn.Module:
                 drop_rate=options.drop,
                 **{key: value for key, value in settings.items() if value is not None},
             )
-    except CheckpointError:
-        raise
+    except CheckpointError as error:
+        raise RunError(f"{error}\nor start from random weights: --no-pretrained") from error
     except Exception as error:  # of models that are not ours, in a hundred files
         _logger.debug("creating the model failed", exc_info=True)
         raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error

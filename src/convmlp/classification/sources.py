@@ -1,6 +1,7 @@
 """Where the images of a classification run come from, and whether their classes agree."""
 
 import inspect
+import logging
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
 from .options import RunError, suggest
+
+_logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
@@ -186,6 +189,10 @@ def _folder_source(options: Any, split: str) -> ReaderSource:
         raise RunError(f"cannot read {path}: {error or type(error).__name__}") from error
     if path.is_dir() and not options.class_map:
         _name_classes(reader, path)
+    elif path.is_dir():
+        left_out = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in reader.class_to_idx)
+        if left_out:
+            _logger.warning(f"{options.class_map} lacks {len(left_out)} folders of {path}: {', '.join(left_out[:5])}")
     source = ReaderSource(reader)
     if path.is_file() and len({tuple(natural_key(name)) for name in source.class_names}) < len(source.class_names):
         raise RunError(f"{path} has classes that differ in case alone; unpack it, or give a --class-map")
