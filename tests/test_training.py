@@ -269,11 +269,24 @@ def test_weights_from_a_file_keep_everything_but_a_head_of_other_classes(run, tm
     torch.save({"state_dict": source.state_dict()}, tmp_path / "seven.pth")
     code, err, folder = run("--initial-checkpoint", str(tmp_path / "seven.pth"), "--lr", "0", "--min-lr", "0")
     assert code == 0, err
-    assert "7 classes, the model 3" in caplog.text
+    assert "has 7 classes, the data 3: the head starts afresh" in caplog.text
     weights = read(folder / "last.pth")["state_dict"]
     name = "stages.1.blocks.2.channel_mlp1.fc1.weight"
     torch.testing.assert_close(weights[name], source.state_dict()[name])
     assert weights["head.weight"].shape == (3, 512)
+
+
+def test_a_head_of_other_classes_is_not_kept_for_their_number(run, make_pictures, caplog):
+    _, _, folder = run("--epochs", "1")
+    others = make_pictures("others", classes=(4, 5, 6))
+    arguments = ["--initial-checkpoint", str(folder / "best.pth"), "--lr", "0", "--min-lr", "0", "--epochs", "1"]
+    _, _, same = run(*arguments, experiment="same")
+    assert "starts afresh" not in caplog.text
+    code, err, new = run(*arguments, experiment="new", data=others)
+    assert code == 0 and "knows other classes (digit0, digit1, digit2, ...) than the data has" in caplog.text, err
+    heads = [read(f / "last.pth")["state_dict"]["head.weight"] for f in (folder, same, new)]
+    torch.testing.assert_close(heads[1], heads[0])
+    assert not torch.allclose(heads[2], heads[0])
 
 
 def test_a_fine_tuning_config_starts_from_the_published_weights_in_the_cache(run, tmp_path, monkeypatch):

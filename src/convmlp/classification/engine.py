@@ -87,7 +87,7 @@ def train(options: Namespace, process: Process) -> None:
     class_names = check_classes(train_source, val_source, options)
     options.num_classes = len(class_names)
     seed_all(options.seed, "initialisation")
-    model = create_model(options, process).to(process.device)
+    model = create_model(options, process, class_names).to(process.device)
     data_config = resolve_data_settings(options, model)
     trainer = Trainer(
         options,
@@ -119,8 +119,9 @@ def evaluate_checkpoint(options: Namespace, process: Process, checkpoint: Any) -
         options.num_classes = len(names)
     class_names = check_classes(source, source, options)
     options.num_classes = len(class_names)
-    model = create_model(Namespace(**{**vars(options), "pretrained": False, "initial_checkpoint": None}), process)
-    load_weights(model, checkpoint, options.eval, options.use_ema, new_head=False)
+    no_start = {"pretrained": False, "initial_checkpoint": None}
+    model = create_model(Namespace(**vars(options) | no_start), process, class_names)
+    load_weights(model, checkpoint, options.eval, options.use_ema, class_names, new_head=False)
     model = model.to(process.device)
     data_config = resolve_data_settings(options, model)
     loader = make_loader(source, options, data_config, process, train=False)

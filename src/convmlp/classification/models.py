@@ -35,7 +35,7 @@ TEACHER = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": Non
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd", "momentum", "nesterov")
 
 
-def create_model(options: Namespace, process: Process) -> nn.Module:
+def create_model(options: Namespace, process: Process, class_names: Sequence[str]) -> nn.Module:
     """The model of the options with its starting weights."""
     _check_name("--model", options.model)
     ours = _is_ours(options.model)
@@ -51,7 +51,7 @@ def create_model(options: Namespace, process: Process) -> nn.Module:
             model = timm.create_model(
                 options.model,
                 pretrained=pretrained and not ours,
-                num_classes=options.num_classes,
+                num_classes=len(class_names),
                 in_chans=options.in_chans,
                 drop_rate=options.drop,
                 **{key: value for key, value in settings.items() if value is not None},
@@ -63,7 +63,7 @@ def create_model(options: Namespace, process: Process) -> nn.Module:
         raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error
     if options.initial_checkpoint:
         path = options.initial_checkpoint
-        load_weights(model, read_checkpoint(path), path, options.use_ema, new_head=True)
+        load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     elif pretrained and ours:
         load_pretrained(model, urls)
     if options.grad_checkpointing:
@@ -87,27 +87,35 @@ def _published_file(name: str) -> str:
     return timm.get_pretrained_cfg(name).url.rpartition("/")[2]
 
 
-def load_weights(model: nn.Module, checkpoint: Any, path: str, use_ema: bool, new_head: bool) -> None:
+def load_weights(
+    model: nn.Module, checkpoint: Any, path: str, use_ema: bool, class_names: Sequence[str], new_head: bool
+) -> None:
     """Load a checkpoint that was read from `path`.
 
-    A head of another number of classes starts afresh if `new_head`, else it is an error.
-    The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
+    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
     """
     state_dict = extract_state_dict(checkpoint, use_ema, name=path)
-    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("data_config"), dict):
-        own = {key: checkpoint["data_config"].get(key) for key in ("mean", "std")}
-        model.pretrained_cfg = {**model.pretrained_cfg, **{key: value for key, value in own.items() if value}}
+    about = checkpoint if isinstance(checkpoint, dict) else {}
+    for key in ("mean", "std"):
+        if (about.get("data_config") or {}).get(key):
+            model.pretrained_cfg = {**model.pretrained_cfg, key: about["data_config"][key]}
+
     classifier = model.pretrained_cfg["classifier"]
     weight = state_dict.get(f"{classifier}.weight")
-    if weight is not None and len(weight) != model.num_classes and not new_head:
-        raise RunError(f"{path} has {len(weight)} classes, the data {model.num_classes}")
-    if isinstance(model, ConvMLP):
-        model.load_state_dict(adapt_state_dict(state_dict, model, name=path))
-        return
-    if weight is not None and len(weight) != model.num_classes:
+    if weight is not None and (
+        len(weight) != len(class_names) or about.get("class_names", class_names) != list(class_names)
+    ):
+        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
+        if len(weight) == len(class_names):
+            message = f"{path} knows other classes ({', '.join(about['class_names'][:3])}, ...) than the data has"
+        if not new_head:
+            raise RunError(message)
+        _logger.warning(f"{message}: the head starts afresh")
         own = model.state_dict()
         state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
-        _logger.warning(f"{path} has {len(weight)} classes, the data {model.num_classes}: the head starts afresh")
+    if isinstance(model, ConvMLP):
+        state_dict = adapt_state_dict(state_dict, model, name=path)
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -138,7 +146,7 @@ class _Float32Loss(nn.Module):
         return self.loss(logits.float(), targets)
 
 
-def create_task(options: Namespace, model: nn.Module, process: Process) -> TrainingTask:
+def create_task(options: Namespace, model: nn.Module, process: Process, class_names: Sequence[str]) -> TrainingTask:
     """The model with its loss, and the teacher's if there is one."""
     device = process.device
     criterion = _Float32Loss(
@@ -156,10 +164,11 @@ def create_task(options: Namespace, model: nn.Module, process: Process) -> Train
     teacher = create_model(
         Namespace(**vars(options) | TEACHER | {"model": options.kd_model, "pretrained": not options.kd_checkpoint}),
         process,
+        class_names,
     )
     if options.kd_checkpoint:
         path = options.kd_checkpoint
-        load_weights(teacher, read_checkpoint(path), path, options.use_ema, new_head=False)
+        load_weights(teacher, read_checkpoint(path), path, options.use_ema, class_names, new_head=False)
     for key in ("mean", "std"):
         teacher.pretrained_cfg[key] = _per_channel(teacher.pretrained_cfg[key], options.in_chans)
     return LogitDistillationTask(

@@ -67,7 +67,7 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = create_task(options, model, process)
+        self.task = create_task(options, model, process, class_names)
         self.optimizer = create_optimizer(options, model, process.device)
         self.updates_per_epoch = -(-len(train_loader) // options.grad_accum_steps)
         try:
