@@ -374,6 +374,14 @@ def test_unreadable_pictures_are_left_out_of_evaluation_and_named(damaged):
     assert loader.unreadable[0].startswith(name)
 
 
+def test_a_whole_class_that_cannot_be_read_is_left_out_of_evaluation(make_pictures):
+    root = make_pictures(splits={"train": 4, "val": 24})
+    for picture in (root / "val" / "digit0").iterdir():
+        picture.write_bytes(b"")
+    loader = loader_for(root, "--workers", "0", "--validation-batch-size", "12", train=False)
+    assert sum(len(targets) for _, targets in loader) == 48 and len(loader.unreadable) == 24
+
+
 def test_an_unreadable_picture_stops_the_run_when_asked_to(damaged):
     root, name, _ = damaged
     with pytest.raises(RunError, match="unreadable image .*--on-bad-image skip") as error:

@@ -164,13 +164,14 @@ class BatchDataset(Dataset):
 
 
 class KeyedErasing(RandomErasing):
-    """Random erasing of whole batches on the device, seeded by each batch's place in the run."""
+    """Random erasing of whole batches on the device, seeded by the key and each batch's place in the run."""
+
+    def __init__(self, key: tuple[Any, ...], probability: float, **settings: Any):
+        super().__init__(probability, **settings)
+        self.key = key
 
     def start(self, epoch: int, first: int) -> None:
         self.epoch, self.number = epoch, first
-
-    def set_key(self, *key: Any) -> None:
-        self.key = key
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         seed_all(*self.key, "erase", self.epoch, self.number)
@@ -199,7 +200,7 @@ class _Unpacked:
                     self.unreadable[note] = None
             if len(images):
                 yield images, targets
-            elif len(unreadable) >= MAX_REPLACEMENTS:
+            elif self.loader.dataset.training:  # no replacement was found
                 raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {unreadable[0]}")
 
 
@@ -250,9 +251,8 @@ class Loader:
         )
         if train and options.reprob > 0 and options.aug:
             self._on_device.random_erasing = KeyedErasing(
-                options.reprob, mode=options.remode, max_count=options.recount, device=device
+                (options.seed, rank), options.reprob, mode=options.remode, max_count=options.recount, device=device
             )
-            self._on_device.random_erasing.set_key(options.seed, rank)
 
     def __len__(self) -> int:
         return len(self._unpacked)
