@@ -374,6 +374,7 @@ def test_metrics_go_to_tensorboard_when_asked(run):
         (["--sched", "cosinus"], "--sched cosinus"),
         (["--train-interpolation", "cubic"], "--train-interpolation"),
         (["--sync-bn"], "--sync-bn needs GPUs"),
+        (["--model", "vgg11", "--grad-checkpointing"], "gradient checkpointing not supported"),
         (["--kd-model", "convmlp_z"], "unknown --kd-model convmlp_z; did you mean convmlp_"),
         (["--initial-checkpoint", "nowhere.pth"], "no such checkpoint: nowhere.pth"),
         (["--resume", "nowhere.pth"], "no such checkpoint: nowhere.pth"),
@@ -429,29 +430,37 @@ def test_a_failed_write_leaves_the_checkpoint_as_it_was(tmp_path):
     assert path.read_bytes() == before and sorted(p.name for p in tmp_path.iterdir()) == ["full.pth", "last.pth"]
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_train_together_and_evaluate_like_one(pictures, tmp_path, processes):
-    def script(n, *arguments, experiment):
-        command = [str(ROOT / "dist_classification.sh"), str(n), *SMALL, "--output", str(tmp_path)]
-        command += ["--experiment", experiment, *arguments, str(pictures)]
-        result = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            env={"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"},
-        )
+@pytest.fixture
+def script(tmp_path):
+    """Runs dist_classification.sh: script(processes, options..., experiment=, data=) -> stderr."""
+
+    def call(processes, *arguments, experiment, data):
+        command = [str(ROOT / "dist_classification.sh"), str(processes), *SMALL, "--output", str(tmp_path)]
+        command += ["--experiment", experiment, *arguments, str(data)]
+        environment = {"PYTHON": sys.executable, "PATH": "/usr/bin:/bin"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         assert result.returncode == 0, result.stderr
         return result.stderr
 
-    script(processes, "--batch-size", "4", "--checkpoint-interval", "2", experiment="both")
+    return call
+
+
+def test_two_processes_train_together_and_evaluate_like_one(script, pictures, tmp_path):
+    script(2, "--batch-size", "4", "--checkpoint-interval", "2", experiment="both", data=pictures)
     state = read(tmp_path / "both" / "last.pth")
-    assert state["world_size"] == processes and state["updates"] == 6
-    alone = script(1, "--eval", str(tmp_path / "both" / "best.pth"), experiment="alone")
-    together = script(processes, "--eval", str(tmp_path / "both" / "best.pth"), experiment="together")
+    assert state["world_size"] == 2 and state["updates"] == 6
+    best = str(tmp_path / "both" / "best.pth")
+    alone = script(1, "--eval", best, experiment="alone", data=pictures)
+    together = script(2, "--eval", best, experiment="together", data=pictures)
     summary = [line for line in alone.splitlines() if "top-1" in line]
     assert summary and summary == [line for line in together.splitlines() if "top-1" in line]
     assert (tmp_path / "alone" / "per_class.csv").read_text() == (tmp_path / "together" / "per_class.csv").read_text()
+
+
+def test_a_process_without_validation_images_waits_for_no_one(script, make_pictures, tmp_path):
+    data = make_pictures("one", classes=(3,), splits={"train": 16, "val": 1})
+    shown = script(2, "--batch-size", "4", "--epochs", "1", experiment="one", data=data)
+    assert "(1 of 1 images)" in shown and (tmp_path / "one" / "predictions.png").exists()
 
 
 def test_the_script_refuses_a_wrong_number_of_processes():

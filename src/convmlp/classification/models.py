@@ -56,6 +56,8 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
                 drop_rate=options.drop,
                 **{key: value for key, value in settings.items() if value is not None},
             )
+        if options.grad_checkpointing:
+            model.set_grad_checkpointing()
     except CheckpointError as error:
         raise RunError(f"{error}\nor start from random weights: --no-pretrained") from error
     except Exception as error:  # of models that are not ours, in a hundred files
@@ -66,8 +68,6 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     elif pretrained and ours:
         load_pretrained(model, urls)
-    if options.grad_checkpointing:
-        model.set_grad_checkpointing()
     return model
 
 
