@@ -7,7 +7,8 @@ import yaml
 from timm import is_model
 
 import convmlp.timm_models  # noqa: F401
-from convmlp.classification.options import RunError, load_config, parse_options, stored_options
+from convmlp.classification.options import load_config, parse_options, stored_options
+from convmlp.errors import RunError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 

@@ -14,8 +14,8 @@ from PIL import Image
 from convmlp import convmlp_m, convmlp_s
 from convmlp.classification import main
 from convmlp.classification.checkpoints import write_checkpoint
-from convmlp.classification.options import RunError
 from convmlp.classification.trainer import Trainer
+from convmlp.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 

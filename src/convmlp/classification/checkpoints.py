@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..errors import RunError
 from ..zoo import CheckpointError, read_checkpoint
-from .options import RunError
 
 _logger = logging.getLogger(__name__)
 

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from ..errors import RunError
 from ..zoo import CheckpointError, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
 from .evaluation import Details, evaluate, log_unreadable, write_details
 from .loaders import make_loader, seed_all
 from .models import create_model, load_weights, resolve_data_settings
-from .options import RunError, parse_options, stored_options
+from .options import parse_options, stored_options
 from .process import Process, start_process
 from .sources import check_classes, open_source, relabel
 from .trainer import Diverged, ExternalLogs, Trainer

@@ -11,10 +11,11 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
+from ..errors import RunError
+from ..precision import autocast, resolve_amp_dtype
 from . import report
 from .loaders import Loader, StreamLoader
-from .options import RunError
-from .process import Process, autocast, resolve_amp_dtype
+from .process import Process
 
 _logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from .options import RunError
+from ..errors import RunError
 from .process import Process
 from .sources import Source, image_mode
 

@@ -14,6 +14,7 @@ from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
 from .. import timm_models  # noqa: F401  (registers our models with timm)
+from ..errors import RunError, suggest
 from ..model import ConvMLP
 from ..zoo import (
     MIRRORS,
@@ -26,7 +27,6 @@ from ..zoo import (
     read_checkpoint,
 )
 from .loaders import create_mixup
-from .options import RunError, suggest
 from .process import Process
 
 _logger = logging.getLogger(__name__)

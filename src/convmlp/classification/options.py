@@ -6,7 +6,6 @@ values it starts from.
 """
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,19 +13,10 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..errors import RunError, suggest
+
 POSITIONAL = "data"
 NOT_STORED = {POSITIONAL, "config", "resume", "eval", "overwrite"}
-
-
-class RunError(Exception):
-    """Something the user can mend. Shown as one line, without a traceback."""
-
-
-def suggest(name: str, known: list[str]) -> str:
-    """'; did you mean X?' for the nearest known name, whatever its case, or nothing."""
-    spellings = {spelling.lower(): spelling for spelling in known}
-    nearest = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.5)
-    return f"; did you mean {spellings[nearest[0]]}?" if nearest else ""
 
 
 class _Parser(argparse.ArgumentParser):

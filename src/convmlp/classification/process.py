@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-from .options import RunError
+from ..errors import RunError
 
 
 @dataclass(frozen=True)
@@ -72,21 +72,3 @@ def start_process(device: str) -> Process:
     settings = SimpleNamespace(device=device)
     chosen = init_distributed_device(settings)
     return Process(chosen, settings.rank, settings.local_rank, settings.world_size)
-
-
-def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The type for mixed precision: bfloat16 where the device has it natively, else float16; None: float32 alone."""
-    if choice != "auto":
-        return getattr(torch, choice)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    if device.type == "cpu":
-        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
-        return torch.bfloat16 if native else None
-    return torch.bfloat16
-
-
-def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
-    """Mixed precision, or nothing."""
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

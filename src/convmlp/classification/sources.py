@@ -13,7 +13,7 @@ from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
-from .options import RunError, suggest
+from ..errors import RunError, suggest
 
 _logger = logging.getLogger(__name__)
 

@@ -16,14 +16,16 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..errors import RunError
+from ..precision import autocast, resolve_amp_dtype
 from ..zoo import extract_state_dict, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, write_checkpoint, write_last
 from .evaluation import Details, evaluate, log_unreadable, write_details
 from .loaders import Loader, StreamLoader, seed_all
 from .models import create_optimizer, create_task
-from .options import RunError, stored_options
-from .process import Process, autocast, resolve_amp_dtype
+from .options import stored_options
+from .process import Process
 
 _logger = logging.getLogger(__name__)
 
