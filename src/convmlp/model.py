@@ -93,6 +93,11 @@ class ConvMLP(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.head.apply(_init_weights)
 
+    def parts(self) -> dict[str, nn.Module]:
+        """What an image runs through before norm and head, in order, by name: tokenizer, conv_stages, stages.0, ..."""
+        stages = {f"stages.{i}": stage for i, stage in enumerate(self.stages)}
+        return {"tokenizer": self.tokenizer, "conv_stages": self.conv_stages, **stages}
+
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(b, in_chans, h, w) -> (b, dims[-1], h/32, w/32), after the final norm if there is one."""
         x = self.tokenizer(x)
@@ -148,12 +153,9 @@ class ConvMLP(nn.Module):
         wanted = self._levels(indices)
         names = [info["module"] for info in self.feature_info]
         deepest = names[max(wanted)]
-        modules = {"tokenizer": self.tokenizer, "conv_stages": self.conv_stages}
-        modules.update({f"stages.{i}": stage for i, stage in enumerate(self.stages)})
-
         maps = []
         stopped = False
-        for name, module in modules.items():
+        for name, module in self.parts().items():
             x = module(x)
             if name in names and names.index(name) in wanted:
                 out = self._normalize(x) if norm and name == names[-1] else x

@@ -103,20 +103,24 @@ def load_pretrained(
     Raises:
         CheckpointError: the file cannot be had, is damaged or foreign, or its names or shapes differ from the model.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        path = download(source, progress)
-    elif str(source).startswith("file://"):
-        path = Path(url2pathname(urlparse(str(source)).path))
-    elif "://" in str(source):
-        path = download([str(source)], progress, name=_cache_name(str(source)))
-    else:
-        path = Path(source)
+    path = find_checkpoint(source, progress)
     on_meta = any(p.is_meta for p in model.parameters())
     if on_meta:
         model._set_head(model.num_classes, model.global_pool)  # a real one: the file may not fill it
     state_dict = extract_state_dict(read_checkpoint(path), use_ema, name=str(path))
     state_dict = adapt_state_dict(state_dict, model, name=str(path))
     model.load_state_dict(state_dict, assign=on_meta)
+
+
+def find_checkpoint(source: str | os.PathLike | Sequence[str], progress: bool = False) -> Path:
+    """The local file behind a path, a URL, or URLs of the same file to try in turn, downloaded if need be."""
+    if not isinstance(source, (str, os.PathLike)):
+        return download(source, progress)
+    if str(source).startswith("file://"):
+        return Path(url2pathname(urlparse(str(source)).path))
+    if "://" in str(source):
+        return download([str(source)], progress, name=_cache_name(str(source)))
+    return Path(source)
 
 
 def _cache_name(url: str) -> str:

@@ -1,0 +1,129 @@
+"""What the data sets of detection and segmentation have in common: their place in a config, classes, complaints."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from ..errors import RunError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of the data: see --classes, --reduce-zero-label, --check-data, --skip-data-check."""
+
+    root: str | None = None
+    classes: str = "auto"
+    reduce_zero_label: bool = False
+    testing: bool = False
+    check: str = "sample"  # "all", "sample" or "none"
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """The parts of the data set that are needed, with the loaders that read them."""
+        return {"val": "test_dataloader"} if self.testing else {"train": "train_dataloader", "val": "val_dataloader"}
+
+
+def leaf_dataset(cfg: Config, loader: str) -> ConfigDict | None:
+    """The data set of a loader, out of wrappers such as RepeatDataset; None if there is none, or are several."""
+    dataset = (cfg.get(loader) or {}).get("dataset")
+    while dataset is not None and "dataset" in dataset:
+        dataset = dataset.dataset
+    return dataset if dataset is not None and "datasets" not in dataset else None
+
+
+def leaf_datasets(cfg: Config) -> Iterator[ConfigDict]:
+    for loader in LOADERS:
+        dataset = leaf_dataset(cfg, loader)
+        if dataset is not None:
+            yield dataset
+
+
+def replace_root(cfg: Config, root: str) -> None:
+    """Put `root` in the place of the config's data_root, wherever a path starts with it.
+
+    Raises:
+        RunError: the config names no data_root, or there is no folder `root`.
+    """
+    if not Path(root).is_dir():
+        raise RunError(f"no such data folder: {root}")
+    old = cfg.get("data_root") or (leaf_dataset(cfg, "train_dataloader") or {}).get("data_root")
+    if not old:
+        raise RunError(f"{cfg.filename} names no data_root that DATA could replace")
+    old = old.rstrip("/")
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(replaced(item) for item in value)
+        if isinstance(value, str) and (value == old or value.startswith(old + "/")):
+            return root.rstrip("/") + value[len(old) :] if root != "/" else value[len(old) :]
+        return value
+
+    for key in cfg:
+        cfg[key] = replaced(cfg[key])
+
+
+def read_names(path: Path) -> list[str]:
+    """Class names from a text file, one a line."""
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read the class names in {path}: {error}") from error
+    while names and not names[-1]:
+        names.pop()
+    if not names or not all(names):
+        raise RunError(f"{path}: one class name a line is needed, without empty lines")
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise RunError(f"{path} names {repeated[0]!r} more than once")
+    return names
+
+
+def set_num_classes(model: Any, number: int) -> None:
+    """Give every head of a model config that counts classes this number."""
+    if isinstance(model, dict):
+        for key, value in model.items():
+            if key == "num_classes":
+                model[key] = number
+            else:
+                set_num_classes(value, number)
+    elif isinstance(model, (list, tuple)):
+        for item in model:
+            set_num_classes(item, number)
+
+
+def some(names: Sequence[Any], limit: int = 3) -> str:
+    """The first names of many: 'a, b, c and 7 more'."""
+    listed = ", ".join(str(name) for name in names[:limit])
+    return f"{listed} and {len(names) - limit} more" if len(names) > limit else listed
+
+
+def class_table(names: Sequence[str], counts: Mapping[str, Mapping[int, int]], unit: str) -> str:
+    """Classes with what each part has of them, as aligned text."""
+    width = max(len("class"), *(len(name) for name in names))
+    lines = [f"{'class':{width}}" + "".join(f"  {f'{part} {unit}':>16}" for part in counts)]
+    for i, name in enumerate(names):
+        lines.append(f"{name:{width}}" + "".join(f"  {count.get(i, 0):>16}" for count in counts.values()))
+    return "\n".join(lines)
+
+
+def missing_in_training(names: Sequence[str], counts: Mapping[str, Mapping[int, int]]) -> list[str]:
+    """Complaints about classes that validation asks for and training never shows."""
+    if "train" not in counts or "val" not in counts:
+        return []
+    unseen = [name for i, name in enumerate(names) if counts["val"].get(i, 0) and not counts["train"].get(i, 0)]
+    return [f"classes that val has and train has not: {some(unseen)}"] if unseen else []
+
+
+def complain(problems: Sequence[str]) -> None:
+    """Raise the problems of a data set, one a line."""
+    if problems:
+        lines = "".join(f"\n  - {problem}" for problem in problems)
+        raise RunError(f"the data set cannot be trained on as it is:{lines}\n  (--skip-data-check starts all the same)")

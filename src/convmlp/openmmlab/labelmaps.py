@@ -1,0 +1,285 @@
+"""Data sets of images and label maps: where their parts are, which classes they have, what is wrong with them.
+
+A label map is a picture of one channel whose pixels are class numbers; 255 means that a pixel is left out.
+"""
+
+import logging
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmseg.registry import DATASETS
+from PIL import Image
+
+from ..errors import RunError
+from .datasets import (
+    IMAGE_SUFFIXES,
+    Request,
+    class_table,
+    complain,
+    leaf_dataset,
+    leaf_datasets,
+    missing_in_training,
+    read_names,
+    set_num_classes,
+    some,
+)
+
+IGNORED = 255
+SPLITS = {"train": ("training", "train"), "val": ("validation", "val", "valid")}
+PLACES = (
+    ("images/{}", "annotations/{}"),
+    ("images/{}", "labels/{}"),
+    ("images/{}", "masks/{}"),
+    ("{}/images", "{}/annotations"),
+    ("{}/images", "{}/labels"),
+    ("{}/images", "{}/masks"),
+)
+TREE = """
+  DATA/images/training/NAME.jpg           (or images/train/)
+  DATA/images/validation/NAME.jpg         (or images/val/)
+  DATA/annotations/training/NAME.png      (or labels/, masks/)
+  DATA/annotations/validation/NAME.png
+  DATA/classes.txt                        names in the order of their numbers, for other classes than the config's"""
+SINGLE_CHANNEL = ("L", "P", "1")
+SAMPLE = 500
+
+
+@dataclass
+class Part:
+    """One part of a data set: its folders, and the stems of the files in them."""
+
+    name: str
+    images: Path
+    labels: Path
+    image_suffix: str
+    label_suffix: str
+
+    @property
+    def image_stems(self) -> list[str]:
+        return _stems(self.images, self.image_suffix)
+
+    @property
+    def label_stems(self) -> list[str]:
+        return _stems(self.labels, self.label_suffix)
+
+
+@dataclass
+class LabelMap:
+    """What the check reads off a label map: pixels by value, or what is wrong with it."""
+
+    counts: np.ndarray
+    problem: str = ""
+
+
+def prepare(cfg: Config, request: Request) -> str:
+    """Point the config at the files and classes of its data set and check them.
+
+    Returns:
+        A table of the pixels of each class, or '' if the data set is of another kind.
+
+    Raises:
+        RunError: what is missing or wrong, one line each.
+    """
+    parts = []
+    same_test = cfg.get("val_dataloader") == cfg.get("test_dataloader")
+    for name, loader in request.parts.items():
+        dataset = leaf_dataset(cfg, loader)
+        if dataset is None or dataset.get("ann_file") or "seg_map_path" not in dataset.get("data_prefix", {}):
+            if cfg.get(loader):
+                print_log(f"{loader}: no single folder of label maps, so its data is not checked", logger="current")
+            continue
+        parts.append(_locate(dataset, name))
+    if not request.testing and same_test:
+        cfg.test_dataloader = cfg.val_dataloader
+    if not parts:
+        return ""
+
+    names = _choose_classes(cfg, request)
+    if request.check == "none":
+        return ""
+    reduce_zero_label = _reduces_zero(leaf_dataset(cfg, request.parts[parts[0].name]))
+    problems: list[str] = []
+    counts = {}
+    everything = True
+    for part in parts:
+        stems = [stem for stem in part.label_stems if stem in {*part.image_stems}]
+        step = 1 if request.check == "all" else -(-len(stems) // SAMPLE)
+        everything = everything and step <= 1
+        found, wrong = _examine(part, stems[:: max(step, 1)], len(names), reduce_zero_label)
+        counts[part.name] = found
+        problems += _pairs(part) + wrong
+    complain(problems or (missing_in_training(names, counts) if everything else []))
+    for name, found in counts.items():
+        absent = [label for i, label in enumerate(names) if not found.get(i)]
+        if absent and everything:
+            print_log(f"{name}: {len(absent)} classes never occur: {some(absent)}", "current", logging.WARNING)
+    if not everything:
+        print_log(f"looked into {SAMPLE} label maps or fewer of each part; --check-data looks into all", "current")
+    return class_table(names, counts, "pixels")
+
+
+def _locate(dataset: dict[str, Any], name: str) -> Part:
+    """Find images and label maps of a part, in the places of the config, else in the usual ones."""
+    root = Path(dataset.get("data_root") or "")
+    prefix = dataset["data_prefix"]
+    candidates = [(root / prefix["img_path"], root / prefix["seg_map_path"])]
+    candidates += [(root / a.format(split), root / b.format(split)) for split in SPLITS[name] for a, b in PLACES]
+    for images, labels in candidates:
+        if images.is_dir() and labels.is_dir():
+            break
+    else:
+        nested = next((path.parent.parent for path in root.glob("*/images/training")), None)
+        hint = f"\n  The folder {nested} looks like it: give that as DATA" if nested else ""
+        raise RunError(f"there are no images and label maps for {name} in {root.resolve()}; expected is{TREE}{hint}")
+    suffixes = {
+        "img_suffix": _suffix(images, dataset.get("img_suffix", ".jpg"), IMAGE_SUFFIXES),
+        "seg_map_suffix": _suffix(labels, dataset.get("seg_map_suffix", ".png"), IMAGE_SUFFIXES),
+    }
+    dataset["data_prefix"] = dict(img_path=str(images.resolve()), seg_map_path=str(labels.resolve()))
+    own = {"img_suffix": ".jpg", "seg_map_suffix": ".png"}
+    if suffixes != {key: dataset.get(key, value) for key, value in own.items()}:
+        dataset.update(suffixes)
+        dataset.update(_as_plain(dataset))
+    return Part(name, images, labels, *suffixes.values())
+
+
+def _suffix(folder: Path, expected: str, possible: tuple[str, ...]) -> str:
+    """The ending of the files in a folder: the expected one if a file has it, else the commonest."""
+    names = [path.name for path in folder.rglob("*")]
+    if any(name.endswith(expected) for name in names):
+        others = [name for name in names if name.lower().endswith(possible) and not name.endswith(expected)]
+        if others:
+            print_log(
+                f"{folder}: {len(others)} files do not end in {expected}: {some(others)}", "current", logging.WARNING
+            )
+        return expected
+    endings = Counter(Path(name).suffix for name in names if name.lower().endswith(possible))
+    if not endings:
+        raise RunError(f"{folder} holds no pictures ({', '.join(possible)})")
+    return endings.most_common(1)[0][0]
+
+
+def _stems(folder: Path, suffix: str) -> list[str]:
+    return sorted(str(path.relative_to(folder))[: -len(suffix)] for path in folder.rglob(f"*{suffix}"))
+
+
+def _as_plain(dataset: dict[str, Any]) -> dict[str, Any]:
+    """What makes a data set of fixed file endings, such as ADE20KDataset, a plain one with the same classes."""
+    if dataset["type"] == "BaseSegDataset":
+        return {}
+    meta = {**DATASETS.get(dataset["type"]).METAINFO, **(dataset.get("metainfo") or {})}
+    return dict(type="BaseSegDataset", metainfo=meta, reduce_zero_label=_reduces_zero(dataset))
+
+
+def _reduces_zero(dataset: dict[str, Any]) -> bool:
+    """Whether label 0 is left out and the others count from 1, as in ADE20K."""
+    default = "ADE20K" in dataset["type"]
+    return bool(dataset.get("reduce_zero_label", default))
+
+
+def _choose_classes(cfg: Config, request: Request) -> list[str]:
+    """The class names of the run, in the order of their numbers."""
+    dataset = next(leaf_datasets(cfg))
+    own = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO.get("classes")
+    source = None
+    if request.classes == "auto":
+        file = Path(dataset.get("data_root") or "") / "classes.txt"
+        source = file if file.is_file() else None
+    elif request.classes != "config":
+        source = Path(request.classes)
+    if source is None and not own:
+        raise RunError("the config names no classes: give --classes FILE, or put classes.txt into the data folder")
+    names = list(own) if source is None else read_names(source)
+    if len(names) > IGNORED:
+        raise RunError(f"label maps have room for {IGNORED} classes, {source} names {len(names)}")
+    if names != list(own or []):
+        for each in leaf_datasets(cfg):
+            each.update(_as_plain(each))
+            each.update(metainfo=dict(classes=tuple(names)), reduce_zero_label=request.reduce_zero_label)
+            for step in each.pipeline:
+                if step["type"] == "LoadAnnotations":
+                    step.pop("reduce_zero_label", None)
+        set_num_classes(cfg.model, len(names))
+        meaning = "0 is left out and 1" if request.reduce_zero_label else "0"
+        print_log(
+            f"{len(names)} classes from {source} in place of the config's {len(own or [])} "
+            f"(label {meaning} is the first): {some(names, 20)}",
+            logger="current",
+        )
+    return names
+
+
+def _pairs(part: Part) -> list[str]:
+    """Complaints about images without label maps and the other way round."""
+    problems = []
+    images, labels = {*part.image_stems}, {*part.label_stems}
+    lonely = sorted(images - labels)
+    if lonely:
+        problems.append(f"{part.name}: {len(lonely)} images have no label map in {part.labels}: {some(lonely)}")
+    lonely = sorted(labels - images)
+    if lonely:
+        problems.append(f"{part.name}: {len(lonely)} label maps have no image in {part.images}: {some(lonely)}")
+    return problems
+
+
+def _examine(part: Part, stems: list[str], classes: int, reduce_zero_label: bool) -> tuple[dict[int, int], list[str]]:
+    """Pixels of each class in the label maps, and complaints about them."""
+
+    def look(stem: str) -> LabelMap:
+        return _read_label_map(part.labels / f"{stem}{part.label_suffix}", part.images / f"{stem}{part.image_suffix}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        maps = dict(zip(stems, pool.map(look, stems), strict=True))
+    problems = []
+    wrong = Counter(each.problem for each in maps.values() if each.problem)
+    for problem, count in wrong.items():
+        names = [f"{stem}{part.label_suffix}" for stem, each in maps.items() if each.problem == problem]
+        problems.append(f"{part.name}: {count} label maps {problem}: {some(names)} (in {part.labels})")
+    total = sum((each.counts for each in maps.values()), np.zeros(256, dtype=np.int64))
+    values = [value for value in np.flatnonzero(total).tolist() if value != IGNORED]
+    first = 1 if reduce_zero_label else 0
+    last = classes - 1 + first
+    outside = [value for value in values if value > last]
+    if outside:
+        names = [stem for stem, each in maps.items() if each.counts[outside].any()]
+        problems.append(
+            f"{part.name}: label values {some(outside, 10)} are outside of the {classes} classes ({first} to {last}) "
+            f"and not {IGNORED}, in {len(names)} label maps: {some(names)} (in {part.labels})"
+        )
+    elif not wrong and stems and not any(value >= first for value in values):
+        problems.append(f"{part.name}: no pixel of the label maps in {part.labels} belongs to a class")
+    elif not wrong and values == [0] and total[IGNORED] and classes > 1:
+        problems.append(
+            f"{part.name}: the label maps in {part.labels} hold nothing but 0 and {IGNORED}; {IGNORED} means left "
+            "out, so a mask of 0 and 255 must become 0 and 1"
+        )
+    return {value - first: int(total[value]) for value in values if first <= value <= last}, problems
+
+
+def _read_label_map(path: Path, image: Path) -> LabelMap:
+    nothing = np.zeros(256, dtype=np.int64)
+    try:
+        with Image.open(image) as picture:
+            size = picture.size
+    except OSError:
+        return LabelMap(nothing, "belong to images that cannot be read")
+    try:
+        with Image.open(path) as picture:
+            if picture.size != size:
+                return LabelMap(nothing, "differ in size from their image")
+            if picture.mode.startswith("I"):
+                return LabelMap(nothing, "have 16 bits or more; 8 are needed")
+            if picture.mode not in SINGLE_CHANNEL:
+                return LabelMap(
+                    nothing, f"have several channels (mode {picture.mode}); one channel of class numbers is needed"
+                )
+            return LabelMap(np.bincount(np.asarray(picture, dtype=np.uint8).reshape(-1), minlength=256))
+    except OSError:
+        return LabelMap(nothing, "cannot be read")

@@ -1,0 +1,99 @@
+"""Options of detection.py and segmentation.py; their names are those of mmdet's and mmseg's own scripts."""
+
+import argparse
+from pathlib import Path
+from typing import NoReturn
+
+from mmengine.config import DictAction
+
+from ..errors import RunError, suggest
+
+LAUNCHERS = ("auto", "none", "pytorch", "slurm", "mpi")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RunError(message)
+
+
+def build_parser(script: str) -> argparse.ArgumentParser:
+    """The options with their help texts; `--help` of it is the manual."""
+    parser = _Parser(
+        prog=script,
+        usage="%(prog)s CONFIG [DATA] [options]",
+        description="Train a model of mmdet or mmseg with a ConvMLP backbone, or test it.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("config", metavar="CONFIG", help="a config, such as those in configs/detection and configs/segmentation")
+    add("data", nargs="?", metavar="DATA", help="root of the data set, in place of the config's data_root")
+
+    add = parser.add_argument_group("what to do").add_argument
+    add("--test", metavar="CHECKPOINT", help="evaluate this checkpoint instead of training")
+    add("--check-data", action="store_true", help="only check the data set, all of it, and report its classes")
+    add("--resume", nargs="?", const="auto", metavar="FILE", help="continue from FILE, or the run's newest checkpoint")
+    add("--overwrite", action="store_true", help="replace an earlier run in the work folder")
+    add("--work-dir", metavar="DIR", help="folder for checkpoints and logs; by default output/CONFIG")
+    add("--show-dir", metavar="DIR", help="draw predictions into DIR: of --test, or of the best checkpoint at the end")
+
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--classes",
+        default="auto",
+        metavar="auto|config|FILE",
+        help="auto: those of the annotation file, or of DATA/classes.txt for label maps, where they differ from the "
+        "config's; FILE: a text file with one name a line",
+    )
+    add("--skip-data-check", action="store_true", help="start without checking the data set")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--amp", action="store_true", help="mixed precision: bfloat16 where the device has it, else float16 on GPUs")
+    add("--auto-scale-lr", action="store_true", help="scale the learning rate from the recipe's batch to this run's")
+    add("--seed", type=int, metavar="N", help="seed of all random numbers; by default the config's")
+    add("--deterministic", action="store_true", help="only deterministic operators, at some cost in speed")
+    add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
+    add(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        default={},
+        metavar="KEY=VALUE",
+        help="change config values: optim_wrapper.optimizer.lr=2e-4 train_dataloader.batch_size=4",
+    )
+    add("--launcher", choices=LAUNCHERS, default="auto", help="who started the processes; auto asks the environment")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by launchers older than torchrun
+    return parser
+
+
+def parse_options(argv: list[str], script: str) -> argparse.Namespace:
+    """Options from the command line.
+
+    Raises:
+        RunError: an unknown option (the nearest is offered), a bad value, or options that exclude each other.
+    """
+    parser = build_parser(script)
+    options, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise RunError(f"there is one DATA folder, got {options.data} and {unknown[0]}; it stands behind the config")
+    if unknown:
+        names = [name for action in parser._actions for name in action.option_strings]
+        raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
+    if not Path(options.config).is_file():
+        raise RunError(f"no such config: {options.config}{_nearest_config(Path(options.config))}")
+    if options.resume and Path(options.resume).is_dir():
+        raise RunError(f"--resume takes a file, got the folder {options.resume}; DATA stands behind the config")
+    for name in ("test", "resume"):
+        file = getattr(options, name)
+        if file and file != "auto" and not Path(file).is_file():
+            raise RunError(f"--{name}: no such file: {file}")
+    exclusive = [name for name in ("test", "resume", "check_data") if getattr(options, name)]
+    if len(exclusive) > 1:
+        raise RunError(f"give one of {' and '.join('--' + name.replace('_', '-') for name in exclusive)}")
+    if options.check_data and options.skip_data_check:
+        raise RunError("give one of --check-data and --skip-data-check")
+    return options
+
+
+def _nearest_config(path: Path) -> str:
+    names = [str(path.parent / other.name) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
+    return suggest(str(path), names)
