@@ -43,7 +43,8 @@ PHOTOGRAPHS = {
 }
 MAX_DIGITS = 6
 MAX_OVERLAP = 0.1  # of the smaller of two boxes
-INK_FROM, INK_TO = 0.25, 0.75  # shares of full ink where a digit begins to show, and where it hides what is behind
+INK_FROM, INK_TO = 0.2, 0.65  # shares of full ink where a digit begins to show, and where it hides what is behind
+MASK_FROM = 80  # of 255: at half, thin strokes fall apart and open rings stay unfilled
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -59,29 +60,29 @@ class Material(NamedTuple):
 def write_detection(folder: Path, train: int = 1500, val: int = 200, size: int = 128, seed: int = 0) -> None:
     """Write pictures and their instances in COCO's layout; the category ids go from 1, "zero", to 10, "nine"."""
     categories = [{"id": i, "name": name, "supercategory": "digit"} for i, name in enumerate(CLASSES, 1)]
-    for split, count in (("train2017", train), ("val2017", val)):
+    for split, count in (("train", train), ("val", val)):
         content: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
         for i in range(count):
             picture, owners, targets = _scene("detection", split, i, seed, size, sides=(20, 56))
             name = f"{i + 1:06}.jpg"
-            _save(picture, folder / split / name)
+            _save(picture, folder / f"{split}2017" / name)
             content["images"].append({"id": i + 1, "file_name": name, "width": size, "height": size})
             for owner, target in enumerate(targets, 1):
                 ids = {"id": len(content["annotations"]) + 1, "image_id": i + 1, "category_id": target + 1}
                 content["annotations"].append({**ids, **_shape(owners == owner), "iscrowd": 0})
-        path = folder / "annotations" / f"instances_{split}.json"
+        path = folder / "annotations" / f"instances_{split}2017.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, separators=(",", ":")))
 
 
 def write_segmentation(folder: Path, train: int = 1500, val: int = 200, size: int = 128, seed: int = 0) -> None:
     """Write pictures and label maps in ADE20K's layout; label 0 is the background, 1 "zero", 10 "nine"."""
-    for split, count in (("training", train), ("validation", val)):
+    for split, split_folder, count in (("train", "training", train), ("val", "validation", val)):
         for i in range(count):
             picture, owners, targets = _scene("segmentation", split, i, seed, size, sides=(32, 60))
             labels = np.array([0, *(target + 1 for target in targets)], dtype=np.uint8)[owners]
-            _save(picture, folder / "images" / split / f"{i + 1:06}.jpg")
-            _save(Image.fromarray(labels), folder / "annotations" / split / f"{i + 1:06}.png")
+            _save(picture, folder / "images" / split_folder / f"{i + 1:06}.jpg")
+            _save(Image.fromarray(labels), folder / "annotations" / split_folder / f"{i + 1:06}.png")
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in ("background", *CLASSES)))
 
 
@@ -98,7 +99,7 @@ PARTS = {"detection": write_detection, "segmentation": write_segmentation, "crop
 
 def _generator(seed: int, part: str, split: str, index: int) -> np.random.Generator:
     """A picture's own random numbers, so that a smaller set is the beginning of a larger one."""
-    return np.random.default_rng([seed, list(PARTS).index(part), int(split.startswith("val")), index])
+    return np.random.default_rng([seed, list(PARTS).index(part), int(split == "val"), index])
 
 
 @functools.cache
@@ -125,7 +126,7 @@ def _scene(
 ) -> tuple[Image.Image, np.ndarray, list[int]]:
     """A picture of digits, the number from 1 of the digit that owns each pixel (0 for none), and what they show."""
     rng = _generator(seed, part, split, index)
-    material = _material("val" if split.startswith("val") else "train")
+    material = _material(split)
     picture = _background(rng, material, size)
     owners = Image.new("L", (size, size))
     boxes: list[Box] = []
@@ -155,7 +156,7 @@ def _crop(split: str, index: int, seed: int, size: int) -> Image.Image:
     sample = rng.choice(np.flatnonzero(material.targets == index % 10))
     alpha = _enlarge(material.digits[sample], round(rng.uniform(24, 56) / 64 * size))
     free = size - alpha.width
-    # Up to an eighth of the picture off the middle, but not over its edges unless the digit's empty frame alone is.
+    # Up to an eighth of the picture off the middle; no more than the digit's empty frame may reach over the edge.
     jitter = rng.uniform(-0.5, 0.5, 2) * min(max(free, 0), size / 4)
     picture.paste(_bright(rng), tuple(int(value) for value in free / 2 + jitter), alpha)
     return picture
@@ -183,7 +184,7 @@ def _enlarge(digit: np.ndarray, side: int) -> Image.Image:
 
 
 def _filled(alpha: Image.Image) -> Image.Image:
-    regions, _ = ndimage.label(np.asarray(alpha) < 128)
+    regions, _ = ndimage.label(np.asarray(alpha) < MASK_FROM)
     return Image.fromarray(regions != regions[0, 0])  # all but the region outside, which has the corner
 
 
@@ -194,10 +195,14 @@ def _overlap(a: Box, b: Box) -> float:
 
 
 def _shape(mask: np.ndarray) -> dict[str, list | int]:
-    """COCO's description of a mask; its coordinates are those of pixels' edges, find_contours' of their middles."""
+    """COCO's description of a mask: its box, area and outlines, in coordinates of pixels' edges."""
     left, top, right, bottom = Image.fromarray(mask).getbbox()
-    outlines = find_contours(np.pad(mask, 1).astype(float), 0.5)  # padded, as outlines stay open at the edge
-    polygons = [(outline[:-1, ::-1] - 0.5).ravel().tolist() for outline in outlines]
+    polygons = []
+    # find_contours counts from the middle of a pixel, and leaves outlines open at the edge of what it is given.
+    for outline in find_contours(np.pad(mask[top:bottom, left:right], 1).astype(float), 0.5):
+        points = outline[:-1, ::-1] + (left - 0.5, top - 0.5)
+        turns = np.diff(points, axis=0, prepend=points[-1:]) != np.diff(points, axis=0, append=points[:1])
+        polygons.append(points[turns.any(axis=1)].ravel().tolist())
     return {"bbox": [left, top, right - left, bottom - top], "area": int(mask.sum()), "segmentation": polygons}
 
 
@@ -244,7 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
         "crops-val": (1000, 10, "validation crops"),
         "seed": (0, 0, "another seed makes other pictures"),
     }
-    for name, (default, least, what) in numbers.items():
+    for name, (default, _, what) in numbers.items():
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{what} ({default})")
     parser.add_argument("--only", choices=PARTS, action="append", help="write this part alone; may be repeated")
     options = parser.parse_args(arguments)

@@ -1,6 +1,9 @@
 """Mistakes that the user of a command can mend."""
 
 import difflib
+import os
+import sys
+import time
 from collections.abc import Iterable
 
 
@@ -13,3 +16,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     spellings = {spelling.lower(): spelling for spelling in known}
     nearest = difflib.get_close_matches(name.lower(), spellings, n=1, cutoff=0.5)
     return f"; did you mean {spellings[nearest[0]]}?" if nearest else ""
+
+
+def complain(script: str, message: str) -> None:
+    """Show what ends a script. Of several processes with the same message the first one speaks."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:  # the end of the first process ends the others in this time
+        time.sleep(5)
+        message = f"process {rank}: {message}"
+    print(f"{script}: {message}", file=sys.stderr)

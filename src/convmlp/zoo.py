@@ -218,23 +218,34 @@ def adapt_state_dict(
     if new_head:
         adapted["head.weight"], adapted["head.bias"] = own["head.weight"], own["head.bias"]
 
-    differences = [f"{key} is missing" for key in own if key not in adapted]
-    differences += [f"{key} is not in the model" for key in adapted if key not in own]
-    differences += [
-        f"{key} is {tuple(adapted[key].shape)}, the model has {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in adapted and adapted[key].shape != value.shape
-    ]
+    differences = list_differences(adapted, own)
     if differences:
-        more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
         fitting = _fitting_variant(state_dict)
         hint = f". It fits {fitting}" if fitting else ""
-        raise CheckpointError(f"{name} does not fit the model: {'; '.join(differences[:3])}{more}{hint}")
+        raise CheckpointError(f"{name} does not fit the model: {shorten(differences)}{hint}")
     if new_head:
         _logger.warning(
             f"{name} has {len(head)} classes, the model {model.num_classes}: the head starts from its initialisation"
         )
     return adapted
+
+
+def list_differences(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
+    """What keeps a state_dict from filling a model whose own is `own`: names and shapes, in words."""
+    differences = [f"{key} is missing" for key in own if key not in state_dict]
+    differences += [f"{key} is not in the model" for key in state_dict if key not in own]
+    differences += [
+        f"{key} is {tuple(state_dict[key].shape)}, the model has {tuple(value.shape)}"
+        for key, value in own.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    return differences
+
+
+def shorten(differences: Sequence[str]) -> str:
+    """The first three of many."""
+    more = f"; and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return "; ".join(differences[:3]) + more
 
 
 def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:

@@ -3,7 +3,6 @@
 import logging
 import os
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from ..errors import RunError
+from ..errors import RunError, complain
 from ..zoo import CheckpointError, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
@@ -25,6 +24,8 @@ from .sources import check_classes, open_source, relabel
 from .trainer import Diverged, ExternalLogs, Trainer
 
 _logger = logging.getLogger(__name__)
+
+SCRIPT = "classification.py"
 
 # What --eval takes from a checkpoint: the model and the images, not the machine or the training
 EVALUATION_SETTINGS = {"model", "gp", "img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
@@ -53,25 +54,17 @@ def main(argv: list[str] | None = None) -> int:
             train(options, process)
         return 0
     except (RunError, CheckpointError) as error:
-        _complain(f"error: {error}")
+        complain(SCRIPT, f"error: {error}")
         return 2
     except Diverged as error:
-        _complain(str(error))
+        complain(SCRIPT, str(error))
         return 1
     except KeyboardInterrupt:
-        _complain("interrupted; --resume auto continues from the last checkpoint")
+        complain(SCRIPT, "interrupted; --resume auto continues from the last checkpoint")
         return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _complain(message: str) -> None:
-    rank = int(os.environ.get("RANK", 0))
-    if rank:  # an error of all processes is shown once: by the first, whose end ends the others in this time
-        time.sleep(5)
-        message = f"process {rank}: {message}"
-    print(f"classification.py: {message}", file=sys.stderr)
 
 
 def train(options: Namespace, process: Process) -> None:

@@ -3,6 +3,7 @@
 A label map is a picture of one channel whose pixels are class numbers; 255 means that a pixel is left out.
 """
 
+import inspect
 import logging
 import os
 from collections import Counter
@@ -104,7 +105,7 @@ def prepare(cfg: Config, request: Request) -> str:
     names = _choose_classes(cfg, request)
     if request.check == "none":
         return ""
-    reduce_zero_label = _reduces_zero(leaf_dataset(cfg, request.parts[parts[0].name]))
+    reduce_zero_label = _setting(leaf_dataset(cfg, request.parts[parts[0].name]), "reduce_zero_label")
     problems: list[str] = []
     counts = {}
     everything = True
@@ -139,49 +140,37 @@ def _locate(dataset: dict[str, Any], name: str) -> Part:
         hint = f"\n  The folder {nested} looks like it: give that as DATA" if nested else ""
         raise RunError(f"there are no images and label maps for {name} in {root.resolve()}; expected is{TREE}{hint}")
     suffixes = {
-        "img_suffix": _suffix(images, dataset.get("img_suffix", ".jpg"), IMAGE_SUFFIXES),
-        "seg_map_suffix": _suffix(labels, dataset.get("seg_map_suffix", ".png"), IMAGE_SUFFIXES),
+        "img_suffix": _suffix(images, _setting(dataset, "img_suffix")),
+        "seg_map_suffix": _suffix(labels, _setting(dataset, "seg_map_suffix")),
     }
     dataset["data_prefix"] = dict(img_path=str(images.resolve()), seg_map_path=str(labels.resolve()))
-    own = {"img_suffix": ".jpg", "seg_map_suffix": ".png"}
-    if suffixes != {key: dataset.get(key, value) for key, value in own.items()}:
-        dataset.update(suffixes)
-        dataset.update(_as_plain(dataset))
+    dataset.update({key: value for key, value in suffixes.items() if value != _setting(dataset, key)})
     return Part(name, images, labels, *suffixes.values())
 
 
-def _suffix(folder: Path, expected: str, possible: tuple[str, ...]) -> str:
+def _setting(dataset: dict[str, Any], name: str) -> Any:
+    """What a data set is given as an argument, else its class's default."""
+    return dataset.get(name, inspect.signature(DATASETS.get(dataset["type"])).parameters[name].default)
+
+
+def _suffix(folder: Path, expected: str) -> str:
     """The ending of the files in a folder: the expected one if a file has it, else the commonest."""
     names = [path.name for path in folder.rglob("*")]
     if any(name.endswith(expected) for name in names):
-        others = [name for name in names if name.lower().endswith(possible) and not name.endswith(expected)]
+        others = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(expected)]
         if others:
             print_log(
                 f"{folder}: {len(others)} files do not end in {expected}: {some(others)}", "current", logging.WARNING
             )
         return expected
-    endings = Counter(Path(name).suffix for name in names if name.lower().endswith(possible))
+    endings = Counter(Path(name).suffix for name in names if name.lower().endswith(IMAGE_SUFFIXES))
     if not endings:
-        raise RunError(f"{folder} holds no pictures ({', '.join(possible)})")
+        raise RunError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return endings.most_common(1)[0][0]
 
 
 def _stems(folder: Path, suffix: str) -> list[str]:
     return sorted(str(path.relative_to(folder))[: -len(suffix)] for path in folder.rglob(f"*{suffix}"))
-
-
-def _as_plain(dataset: dict[str, Any]) -> dict[str, Any]:
-    """What makes a data set of fixed file endings, such as ADE20KDataset, a plain one with the same classes."""
-    if dataset["type"] == "BaseSegDataset":
-        return {}
-    meta = {**DATASETS.get(dataset["type"]).METAINFO, **(dataset.get("metainfo") or {})}
-    return dict(type="BaseSegDataset", metainfo=meta, reduce_zero_label=_reduces_zero(dataset))
-
-
-def _reduces_zero(dataset: dict[str, Any]) -> bool:
-    """Whether label 0 is left out and the others count from 1, as in ADE20K."""
-    default = "ADE20K" in dataset["type"]
-    return bool(dataset.get("reduce_zero_label", default))
 
 
 def _choose_classes(cfg: Config, request: Request) -> list[str]:
@@ -201,8 +190,9 @@ def _choose_classes(cfg: Config, request: Request) -> list[str]:
         raise RunError(f"label maps have room for {IGNORED} classes, {source} names {len(names)}")
     if names != list(own or []):
         for each in leaf_datasets(cfg):
-            each.update(_as_plain(each))
-            each.update(metainfo=dict(classes=tuple(names)), reduce_zero_label=request.reduce_zero_label)
+            suffixes = {key: _setting(each, key) for key in ("img_suffix", "seg_map_suffix")}
+            each.update(type="BaseSegDataset", metainfo=dict(classes=tuple(names)), **suffixes)
+            each.update(reduce_zero_label=request.reduce_zero_label)
             for step in each.pipeline:
                 if step["type"] == "LoadAnnotations":
                     step.pop("reduce_zero_label", None)

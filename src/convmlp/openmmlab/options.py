@@ -44,10 +44,11 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         help="auto: those of the annotation file, or of DATA/classes.txt for label maps, where they differ from the "
         "config's; FILE: a text file with one name a line",
     )
+    add("--reduce-zero-label", action="store_true", help="own label maps: 0 is left out, and the first class is 1")
     add("--skip-data-check", action="store_true", help="start without checking the data set")
 
     add = parser.add_argument_group("training").add_argument
-    add("--amp", action="store_true", help="mixed precision: bfloat16 where the device has it, else float16 on GPUs")
+    add("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on CPUs that have it")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate from the recipe's batch to this run's")
     add("--seed", type=int, metavar="N", help="seed of all random numbers; by default the config's")
     add("--deterministic", action="store_true", help="only deterministic operators, at some cost in speed")
@@ -60,6 +61,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change config values: optim_wrapper.optimizer.lr=2e-4 train_dataloader.batch_size=4",
     )
+    add("--trust-checkpoint", action="store_true", help="read checkpoints by pickle, which may run code in them")
     add("--launcher", choices=LAUNCHERS, default="auto", help="who started the processes; auto asks the environment")
     add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # set by launchers older than torchrun
     return parser
@@ -86,6 +88,8 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
         file = getattr(options, name)
         if file and file != "auto" and not Path(file).is_file():
             raise RunError(f"--{name}: no such file: {file}")
+    if options.classes not in ("auto", "config") and not Path(options.classes).is_file():
+        raise RunError(f"--classes: no such file: {options.classes}")
     exclusive = [name for name in ("test", "resume", "check_data") if getattr(options, name)]
     if len(exclusive) > 1:
         raise RunError(f"give one of {' and '.join('--' + name.replace('_', '-') for name in exclusive)}")

@@ -1,0 +1,275 @@
+"""detection.py and segmentation.py: from the command line over a config to a run of mmengine."""
+
+import os
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+from mmengine.logging import MMLogger
+from mmengine.utils.dl_utils import set_multi_processing
+
+from ..errors import RunError, complain, suggest
+from ..precision import resolve_amp_dtype
+from ..zoo import CheckpointError
+from .datasets import Request, replace_root
+from .options import parse_options
+from .runner import CarefulRunner, find_checkpoints, newest_readable
+
+Prepare = Callable[[Config, Request], str]
+
+DRAWN_PICTURES = 50
+
+# Top-level keys that mmengine reads and a config need not have
+RUNNER_KEYS = ("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name")
+RUNNER_KEYS += ("find_unused_parameters", "load_from", "log_level", "model_wrapper_cfg", "randomness", "sync_bn")
+
+
+def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
+    """Run a script: exit code 0, 2 for a mistake in the call or the data.
+
+    Args:
+        script: Its name, for messages.
+        prepare: Points the config at its data and checks it, see `coco.prepare` and `labelmaps.prepare`.
+        argv: The command line without the script's name.
+    """
+    warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")  # nothing here asks for it
+    try:
+        options = parse_options(sys.argv[1:] if argv is None else argv, script)
+        cfg = load_config(options)
+        launcher = start_processes(options.launcher, cfg)
+        cfg = on_main_process(lambda: adapt_to_data(cfg, options, prepare))
+        if options.check_data:
+            return 0
+        cfg.launcher = launcher
+        adapt_to_machine(cfg, options.amp)
+        cfg = on_main_process(lambda: choose_work(cfg, options))
+        if options.test:
+            CarefulRunner.from_cfg(cfg).test()
+        else:
+            train(cfg, options, script)
+        return 0
+    except (RunError, CheckpointError) as error:
+        complain(script, f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        complain(script, "interrupted; --resume continues from the last checkpoint")
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def load_config(options: Namespace) -> Config:
+    """The config with what the command line says about it.
+
+    Raises:
+        RunError: the config cannot be read, or --cfg-options names a key that nothing reads.
+    """
+    try:
+        cfg = Config.fromfile(options.config)
+    except (ImportError, OSError, SyntaxError, NameError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"cannot read the config {options.config}: {type(error).__name__}: {error}") from error
+    for key in ("model", "train_dataloader", "val_dataloader", "train_cfg", "optim_wrapper"):
+        if cfg.get(key) is None:
+            raise RunError(f"{options.config} has no {key}: it is not the config of a model to train")
+    for key in options.cfg_options:
+        _check_key(cfg, key)
+    cfg.merge_from_dict(options.cfg_options)
+    if options.data:
+        replace_root(cfg, options.data)
+
+    cfg.work_dir = options.work_dir or cfg.get("work_dir") or str(Path("output") / Path(options.config).stem)
+    cfg.trust_checkpoint = options.trust_checkpoint
+    randomness = {**cfg.get("randomness", {})}
+    if options.seed is not None:
+        randomness["seed"] = options.seed
+    if options.deterministic:
+        randomness["deterministic"] = True
+    cfg.randomness = randomness
+    if options.auto_scale_lr:
+        if "base_batch_size" not in cfg.get("auto_scale_lr", {}):
+            raise RunError(f"--auto-scale-lr: {options.config} has no auto_scale_lr.base_batch_size")
+        cfg.auto_scale_lr.enable = True
+    if options.tensorboard:
+        cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, dict(type="TensorboardVisBackend")]
+    return cfg
+
+
+def _check_key(cfg: Config, key: str) -> None:
+    """A --cfg-options key must lead to something: only its last part may be new, and that not at the top."""
+    node: Any = cfg
+    *path, last = key.split(".")
+    for part in path:
+        if isinstance(node, (list, tuple)) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        elif isinstance(node, (dict, Config)) and part in node:
+            node = node[part]
+        else:
+            known = list(node) if isinstance(node, (dict, Config)) else []
+            raise RunError(f"--cfg-options {key}: the config has no {part!r} there{suggest(part, map(str, known))}")
+    if not path and last not in node and last not in RUNNER_KEYS:
+        raise RunError(f"--cfg-options: the config has no key {last!r}{suggest(last, [*map(str, node), *RUNNER_KEYS])}")
+
+
+def start_processes(launcher: str, cfg: Config) -> str:
+    """Join the other processes of the run, if any: by nccl on GPUs, by gloo on CPUs.
+
+    Returns:
+        Who started the processes: none, pytorch (torchrun), slurm or mpi.
+    """
+    if launcher == "auto":
+        launcher = _find_launcher()
+    if launcher == "none":
+        return launcher
+    environment = cfg.get("env_cfg", {})
+    set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
+        init_dist(launcher, **environment.get("dist_cfg", {}))
+        return launcher
+    prefix = {"slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")}
+    prefix["mpi"] = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    names = dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), prefix.get(launcher, ()), strict=False))
+    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items() if theirs in os.environ})
+    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise RunError(f"--launcher {launcher}: the environment does not say {', '.join(missing)}")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    dist.init_process_group("gloo")
+    return launcher
+
+
+def _find_launcher() -> str:
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return "pytorch"
+    if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return "slurm"
+    return "mpi" if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ else "none"
+
+
+def on_main_process(work: Callable[[], Config]) -> Config:
+    """Let the first process do it, and give its result, or its complaint, to all."""
+    result: list[Any] = [None, None]
+    if is_main_process():
+        try:
+            result[0] = work()
+        except (RunError, CheckpointError) as error:
+            result[1] = str(error)
+    broadcast_object_list(result)
+    cfg, complaint = result
+    if complaint:
+        raise RunError(complaint)
+    return cfg
+
+
+def adapt_to_data(cfg: Config, options: Namespace, prepare: Prepare) -> Config:
+    """Files, classes and the check of the data set; what it found goes to standard output."""
+    check = "none" if options.skip_data_check else "all" if options.check_data else "sample"
+    request = Request(
+        root=options.data,
+        classes=options.classes,
+        reduce_zero_label=options.reduce_zero_label,
+        testing=bool(options.test),
+        check=check,
+    )
+    table = prepare(cfg, request)
+    if table:
+        print(f"{table}\nThe data set is in order.")
+    return cfg
+
+
+def adapt_to_machine(cfg: Config, amp: bool) -> None:
+    """What a config written for GPUs needs to run on this machine."""
+    logger = MMLogger.get_current_instance()
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        _replace_sync_bn(cfg.model)
+        wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
+        wrapper["find_unused_parameters"] = cfg.get("find_unused_parameters", False)
+        if cfg.launcher != "none":
+            cfg.model_wrapper_cfg = cfg.get("model_wrapper_cfg") or wrapper
+    if not amp:
+        return
+    if has_gpu:
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
+    elif resolve_amp_dtype("auto", torch.device("cpu")):
+        cfg.optim_wrapper.type = "AutocastOptimWrapper"
+    else:
+        logger.warning("--amp: this CPU does not compute in bfloat16 by itself, so the run stays in float32")
+
+
+def _replace_sync_bn(node: Any) -> None:
+    """SyncBN needs GPUs."""
+    if isinstance(node, dict):
+        if node.get("type") == "SyncBN":
+            node["type"] = "BN"
+        for value in node.values():
+            _replace_sync_bn(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            _replace_sync_bn(value)
+
+
+def choose_work(cfg: Config, options: Namespace) -> Config:
+    """Which checkpoint the run starts from, and what becomes of an earlier run in its folder.
+
+    Raises:
+        RunError: the work folder holds a run, and the command line does not say what to do with it.
+    """
+    logger = MMLogger.get_current_instance()
+    folder = Path(cfg.work_dir)
+    if options.test:
+        cfg.load_from = options.test
+        draw(cfg, options.show_dir)
+        return cfg
+    if options.resume == "auto":
+        newest = newest_readable(folder, options.trust_checkpoint, logger)
+        if newest is None and find_checkpoints(folder):
+            raise RunError(f"no checkpoint in {folder} can be read; --overwrite starts anew")
+        if newest is None:
+            logger.info(f"nothing to resume in {folder}: the run starts from the beginning")
+        cfg.load_from, cfg.resume = newest and str(newest), newest is not None
+    elif options.resume:
+        cfg.load_from, cfg.resume = options.resume, True
+    elif find_checkpoints(folder):
+        if not options.overwrite:
+            raise RunError(f"{folder} holds a run: --resume continues it, --overwrite replaces it, or --work-dir DIR")
+        for path in [*find_checkpoints(folder), *folder.glob("best_*.pth"), *folder.glob("last_checkpoint")]:
+            path.unlink()
+    if cfg.get("load_from") and "init_cfg" in cfg.model.get("backbone", {}):
+        cfg.model.backbone.init_cfg = None  # the checkpoint has these weights, and the file may be out of reach
+    return cfg
+
+
+def draw(cfg: Config, folder: str | None) -> None:
+    """Let the test draw its predictions, of a few pictures from all over the data set, into a folder."""
+    if folder:
+        hook = dict(type="DrawPredictions", folder=str(Path(folder).resolve()), limit=DRAWN_PICTURES)
+        cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), hook]
+
+
+def train(cfg: Config, options: Namespace, script: str) -> None:
+    """Train, and say at the end where the best checkpoint is and how to test it."""
+    runner = CarefulRunner.from_cfg(cfg)
+    runner.train()
+    best = runner.message_hub.runtime_info.get("best_ckpt")
+    if not best:
+        return
+    score = runner.message_hub.get_info("best_score")
+    runner.logger.info(f"best: {score:.4g}, {best}")
+    data = f" {options.data}" if options.data else ""
+    runner.logger.info(f"test it: python {script} {options.config}{data} --test {best} --show-dir pictures")
+    if options.show_dir:
+        test = cfg.copy()
+        test.load_from, test.resume = best, False
+        draw(test, options.show_dir)
+        CarefulRunner.from_cfg(test).test()
