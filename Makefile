@@ -1,12 +1,15 @@
-# make quickstart   install, then train ConvMLP-S on real handwritten digits (two or three minutes on two cores)
-# make test         install, then run the whole test suite
+# make quickstart                install, then train ConvMLP-S on real handwritten digits (two or three minutes on two cores)
+# make quickstart-detection      install, then find and outline digits on photographs: RetinaNet and Mask R-CNN
+# make quickstart-segmentation   install, then label their pixels: Semantic FPN
+# make test                      install, then run the whole test suite
+# make test-upstream             the tests of detection and segmentation with OpenMMLab's own packages
 # Each target sets up .venv by itself, once. PYTHON=python3.12 make ... takes another interpreter.
 
 PYTHON ?= python3
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart quickstart-detection quickstart-segmentation test test-upstream lint format clean
 
 install: $(INSTALLED)
 
@@ -21,8 +24,37 @@ $(INSTALLED): pyproject.toml setup.py
 quickstart: $(INSTALLED)
 	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart.yml --overwrite $(ARGS)
 
+SCENES = output/scenes
+# Written at the end of the run, beside best.pth
+BACKBONE = output/quickstart_crops/confusion_matrix.png
+
+$(SCENES)/digit_scenes.json: | $(INSTALLED)
+	$(VENV)/bin/python examples/digit_scenes.py $(SCENES)
+
+$(BACKBONE): $(SCENES)/digit_scenes.json
+	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart_crops.yml --overwrite $(SCENES)/crops
+
+quickstart-detection: $(INSTALLED) $(BACKBONE)
+	for model in retinanet maskrcnn; do \
+	    PYTHON=$(VENV)/bin/python ./dist_detection.sh configs/detection/quickstart_$$model.py 1 $(SCENES)/detection \
+	        --amp --overwrite --show-dir output/quickstart_$$model/pictures $(ARGS) || exit 1; \
+	done
+
+quickstart-segmentation: $(INSTALLED) $(BACKBONE)
+	PYTHON=$(VENV)/bin/python ./dist_segmentation.sh configs/segmentation/quickstart_fpn.py 1 $(SCENES)/segmentation \
+	    --amp --overwrite --show-dir output/quickstart_fpn/pictures $(ARGS)
+
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+# Both families of packages bring the modules mmcv, mmengine, mmdet and mmseg: they need environments of their own.
+test-upstream: $(VENV)-upstream/.installed
+	$(VENV)-upstream/bin/python -m pytest $(wildcard tests/test_openmmlab_*.py) $(ARGS)
+
+$(VENV)-upstream/.installed: pyproject.toml setup.py
+	@test -x $(VENV)-upstream/bin/pip || $(PYTHON) -m venv $(VENV)-upstream
+	@$(VENV)-upstream/bin/python -m pip install --quiet --editable '.[openmmlab-upstream,test]'
+	@touch $@
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
@@ -33,4 +65,4 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist output src/*.egg-info
+	rm -rf $(VENV) $(VENV)-upstream build dist output src/*.egg-info

@@ -3,17 +3,21 @@
 import pickle
 from pathlib import Path
 
-import convmlp
-import mmdet.models  # noqa: F401, registers
-import mmseg.models  # noqa: F401
 import pytest
 import torch
-from convmlp.openmmlab import ConvMLPBackbone
-from convmlp.zoo import CheckpointError
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from test_model import GOLDEN, WIDTHS, assert_matches_golden, golden_weights, image
 from torch import nn
+
+import convmlp
+from convmlp.openmmlab import ConvMLPBackbone
+from convmlp.zoo import CheckpointError
+
+# isort: split
+# Only now can these be imported; they register the models
+import mmdet.models  # noqa: F401
+import mmseg.models  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 STRIDES = (4, 8, 16, 32)

@@ -4,11 +4,14 @@ import math
 import subprocess
 import sys
 
-import convmlp.openmmlab  # noqa: F401, puts the operators where mmcv.ops looks for them
 import numpy as np
 import pytest
 import torch
+
 from convmlp.openmmlab import ops
+
+# isort: split
+# Only now can mmcv.ops be imported
 from mmcv.ops import RoIAlign, batched_nms, roi_align, sigmoid_focal_loss, soft_nms
 from mmcv.ops import nms as mmcv_nms
 
@@ -21,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 def make_boxes(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Boxes (n, 4) that overlap a lot, and scores that are all different."""
     generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(n, 2, generator=generator) * 30
+    corner = torch.rand(n, 2, generator=generator) * 12
     size = 5 + torch.rand(n, 2, generator=generator) * 20
     return torch.cat([corner, corner + size], 1), torch.randperm(n, generator=generator).add(1) / (n + 1)
 
@@ -65,7 +68,7 @@ def test_nms_keeps_what_the_definition_keeps(threshold, offset, device):
     boxes, scores = make_boxes(60)
     dets, kept = mmcv_nms(boxes.to(device), scores.to(device), threshold, offset)
     expected = plain_nms(boxes, scores, threshold, offset)
-    assert 5 < len(expected) < 60
+    assert 1 < len(expected) < 60
     assert kept.tolist() == expected
     torch.testing.assert_close(dets.cpu(), torch.cat([boxes, scores[:, None]], 1)[expected])
 

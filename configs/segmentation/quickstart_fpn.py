@@ -11,7 +11,7 @@ model = dict(
         channels=64,
         dropout_ratio=0.0,
         num_classes=11,
-        loss_decode=dict(class_weight=[0.3] + [1.0] * 10, avg_non_ignore=True),  # most pixels are background
+        loss_decode=dict(class_weight=[0.3] + [1.0] * 10),  # most pixels are background
     ),
 )
 
