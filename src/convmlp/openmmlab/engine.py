@@ -74,7 +74,7 @@ def load_config(options: Namespace) -> Config:
     """
     try:
         cfg = Config.fromfile(options.config)
-    except (ImportError, OSError, SyntaxError, NameError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except Exception as error:  # a config is a program
         raise RunError(f"cannot read the config {options.config}: {type(error).__name__}: {error}") from error
     for key in ("model", "train_dataloader", "val_dataloader", "train_cfg", "optim_wrapper"):
         if cfg.get(key) is None:
@@ -263,6 +263,7 @@ def train(cfg: Config, options: Namespace, script: str) -> None:
     runner.train()
     best = runner.message_hub.runtime_info.get("best_ckpt")
     if not best:
+        runner.logger.warning("no best checkpoint: no validation found anything that could be scored")
         return
     score = runner.message_hub.get_info("best_score")
     runner.logger.info(f"best: {score:.4g}, {best}")

@@ -12,7 +12,7 @@ import torch
 from mmengine.dist import is_main_process
 from mmengine.logging import HistoryBuffer
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from torch import nn
 
 from ..zoo import CheckpointError, extract_state_dict, list_differences, read_checkpoint, shorten
@@ -65,6 +65,10 @@ class CarefulRunner(Runner):
             model = model.to(memory_format=torch.channels_last)
         return super().wrap_model(model_wrapper_cfg, model)
 
+    @property
+    def _testing(self) -> bool:
+        return isinstance(self._test_loop, BaseLoop)  # until it runs, it is a config
+
     def load_checkpoint(
         self, filename: str, map_location: Any = "cpu", strict: bool = False, revise_keys: Any = None
     ) -> dict[str, Any]:
@@ -79,7 +83,7 @@ class CarefulRunner(Runner):
         model = self.model.module if is_model_wrapper(self.model) else self.model
         own = model.state_dict()
         differences = list_differences(weights, own)
-        starting = self._test_loop is None and not self._resume
+        starting = not self._testing and not self._resume
         fatal = [text for text in differences if text.startswith(BACKBONE)] if starting else differences
         if fatal:
             raise CheckpointError(f"{filename} does not fit the model: {shorten(fatal)}")
@@ -96,7 +100,7 @@ class CarefulRunner(Runner):
 
     def _check_classes(self, checkpoint: dict[str, Any], filename: str) -> None:
         """A test with other classes than those trained would give figures without a meaning."""
-        if self._test_loop is None:
+        if not self._testing:
             return
         meta = checkpoint.get("meta") or {}
         trained = (meta.get("dataset_meta") or {}).get("classes") or meta.get("CLASSES")  # the second: mmdet 2, mmseg 0
@@ -108,9 +112,7 @@ class CarefulRunner(Runner):
                 f"{', '.join(differing) or 'the shorter list begins the longer'}"
             )
 
-    def save_checkpoint(
-        self, out_dir: str, filename: str, file_client_args: dict | None = None, **kwargs: Any
-    ) -> None:
+    def save_checkpoint(self, out_dir: str, filename: str, file_client_args: dict | None = None, **kwargs: Any) -> None:
         """As in Runner, but the file takes its name when it is complete."""
         partial = f"{filename}.part"
         super().save_checkpoint(out_dir, partial, file_client_args, **kwargs)
