@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from digit_scenes import write_detection, write_segmentation
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from PIL import Image
 
 from convmlp.openmmlab import coco, labelmaps
+from convmlp.openmmlab.datasets import Request, replace_root
 from convmlp.openmmlab.engine import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +208,25 @@ def test_images_that_training_passes_over_are_named(detection, check):
     change(detection, "val", lambda c: c.update(annotations=c["annotations"][:1]))
     _, said = check(RETINANET, detection)
     assert "WARNING - train: 1 images have no annotations and are not trained on: 000001.jpg" in said
+
+
+@pytest.mark.parametrize("config", [RETINANET, FPN])
+def test_the_data_folder_replaces_the_configs_everywhere(config, originals):
+    cfg = Config.fromfile(config)
+    cfg.val_dataloader.batch_size = 3  # the test loader is no longer a copy, but in the same place
+    old = cfg.data_root.rstrip("/")
+    segmentation = config == FPN
+    root = originals / ("segmentation" if segmentation else "detection")
+    replace_root(cfg, str(root))
+    assert old not in cfg.pretty_text
+    (labelmaps if segmentation else coco).prepare(cfg, Request())
+    datasets = [cfg[f"{part}_dataloader"].dataset for part in ("train", "val", "test")]
+    paths = [[*dataset.data_prefix.values(), *filter(None, [dataset.get("ann_file")])] for dataset in datasets]
+    assert paths[1] == paths[2] != paths[0]
+    assert all(Path(path).exists() and Path(path).is_relative_to(root) for path in sum(paths, []))
+    assert len({tuple(dataset.metainfo.classes) for dataset in datasets}) == 1
+    if not segmentation:
+        assert cfg.val_evaluator.ann_file == cfg.test_evaluator.ann_file == datasets[1].ann_file
 
 
 @pytest.mark.parametrize(

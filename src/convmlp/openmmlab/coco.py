@@ -16,6 +16,7 @@ from .datasets import (
     Request,
     class_table,
     complain,
+    in_same_place,
     leaf_dataset,
     leaf_datasets,
     missing_in_training,
@@ -62,19 +63,17 @@ def prepare(cfg: Config, request: Request) -> str:
         RunError: what is missing or wrong, one line each.
     """
     parts = []
-    same_test = cfg.get("val_dataloader") == cfg.get("test_dataloader")
     for name, loader in request.parts.items():
-        dataset = leaf_dataset(cfg, loader)
-        if dataset is None or dataset.type not in TYPES:
+        datasets = in_same_place(cfg, loader)
+        if not datasets or datasets[loader].type not in TYPES:
             if cfg.get(loader):
                 print_log(f"{loader}: no single CocoDataset, so its data is not checked", logger="current")
             continue
-        parts.append(_locate(dataset, name))
-        for key in ("val_evaluator", "test_evaluator"):
-            if name == "val" and (key.startswith(loader.split("_")[0]) or same_test):
-                _point_evaluator(cfg.get(key), parts[-1].file)
-    if not request.testing and same_test:
-        cfg.test_dataloader = cfg.val_dataloader
+        part = _find(datasets[loader], name)
+        parts.append(part)
+        for each, dataset in datasets.items():
+            dataset.update(ann_file=str(part.file.resolve()), data_prefix=dict(img=str(part.images.resolve())))
+            _point_evaluator(cfg.get(each.replace("dataloader", "evaluator")), part.file)
     if not parts:
         return ""
 
@@ -91,7 +90,7 @@ def prepare(cfg: Config, request: Request) -> str:
     return class_table(names, counts, "boxes")
 
 
-def _locate(dataset: dict[str, Any], name: str) -> Part:
+def _find(dataset: dict[str, Any], name: str) -> Part:
     """Find annotation file and images of a part, in the places of the config, else in the usual ones."""
     root = Path(dataset.get("data_root") or "")
     candidates = [root / dataset.get("ann_file", "")]
@@ -104,8 +103,6 @@ def _locate(dataset: dict[str, Any], name: str) -> Part:
     folders += [root / place.format(split) for split in SPLITS[name] for place in IMAGES] + [file.parent]
     first = content["images"][0]["file_name"]
     images = next((folder for folder in folders if (folder / first).is_file()), folders[0])
-    dataset["ann_file"] = str(file.resolve())
-    dataset["data_prefix"] = dict(img=str(images.resolve()))
     return Part(name, file, images, content)
 
 
@@ -139,7 +136,7 @@ def _point_evaluator(evaluator: Any, file: Path) -> None:
 
 def _choose_classes(cfg: Config, part: Part, choice: str) -> list[str]:
     """The class names of the run, in the order of their numbers, which is that of the annotation file."""
-    dataset = next(leaf_datasets(cfg))
+    dataset = next(iter(leaf_datasets(cfg).values()))
     own = list((dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO["classes"])
     names = list(part.categories.values())
     if len(names) != len({*names}):
@@ -156,7 +153,7 @@ def _choose_classes(cfg: Config, part: Part, choice: str) -> list[str]:
             raise RunError(f"{part.file} has no category {some(unknown)}, which the config has; --classes auto")
         return own
     if names != own:
-        for each in leaf_datasets(cfg):
+        for each in leaf_datasets(cfg).values():
             each["metainfo"] = dict(classes=tuple(names))
         set_num_classes(cfg.model, len(names))
         print_log(

@@ -1,6 +1,6 @@
 """What the data sets of detection and segmentation have in common: their place in a config, classes, complaints."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,22 @@ def leaf_dataset(cfg: Config, loader: str) -> ConfigDict | None:
     return dataset if dataset is not None and "datasets" not in dataset else None
 
 
-def leaf_datasets(cfg: Config) -> Iterator[ConfigDict]:
-    for loader in LOADERS:
-        dataset = leaf_dataset(cfg, loader)
-        if dataset is not None:
-            yield dataset
+def leaf_datasets(cfg: Config) -> dict[str, ConfigDict]:
+    """The data sets of all loaders that have a single one, by loader."""
+    found = {loader: leaf_dataset(cfg, loader) for loader in LOADERS}
+    return {loader: dataset for loader, dataset in found.items() if dataset is not None}
+
+
+def in_same_place(cfg: Config, loader: str) -> dict[str, ConfigDict]:
+    """The data set of a loader, and others that read the same files: test is mostly val once more."""
+    datasets = leaf_datasets(cfg)
+    if loader not in datasets:
+        return {}
+
+    def place(name: str) -> list[Any]:
+        return [datasets[name].get(key) for key in ("type", "data_root", "ann_file", "data_prefix")]
+
+    return {name: dataset for name, dataset in datasets.items() if place(name) == place(loader)}
 
 
 def replace_root(cfg: Config, root: str) -> None:

@@ -24,6 +24,7 @@ from .datasets import (
     Request,
     class_table,
     complain,
+    in_same_place,
     leaf_dataset,
     leaf_datasets,
     missing_in_training,
@@ -89,16 +90,19 @@ def prepare(cfg: Config, request: Request) -> str:
         RunError: what is missing or wrong, one line each.
     """
     parts = []
-    same_test = cfg.get("val_dataloader") == cfg.get("test_dataloader")
     for name, loader in request.parts.items():
-        dataset = leaf_dataset(cfg, loader)
-        if dataset is None or dataset.get("ann_file") or "seg_map_path" not in dataset.get("data_prefix", {}):
+        datasets = in_same_place(cfg, loader)
+        dataset = datasets.get(loader, {})
+        if dataset.get("ann_file") or "seg_map_path" not in dataset.get("data_prefix", {}):
             if cfg.get(loader):
                 print_log(f"{loader}: no single folder of label maps, so its data is not checked", logger="current")
             continue
-        parts.append(_locate(dataset, name))
-    if not request.testing and same_test:
-        cfg.test_dataloader = cfg.val_dataloader
+        part = _find(dataset, name)
+        parts.append(part)
+        suffixes = dict(img_suffix=part.image_suffix, seg_map_suffix=part.label_suffix)
+        for each in datasets.values():
+            each["data_prefix"] = dict(img_path=str(part.images.resolve()), seg_map_path=str(part.labels.resolve()))
+            each.update({key: value for key, value in suffixes.items() if value != _setting(each, key)})
     if not parts:
         return ""
 
@@ -126,7 +130,7 @@ def prepare(cfg: Config, request: Request) -> str:
     return class_table(names, counts, "pixels")
 
 
-def _locate(dataset: dict[str, Any], name: str) -> Part:
+def _find(dataset: dict[str, Any], name: str) -> Part:
     """Find images and label maps of a part, in the places of the config, else in the usual ones."""
     root = Path(dataset.get("data_root") or "")
     prefix = dataset["data_prefix"]
@@ -139,18 +143,16 @@ def _locate(dataset: dict[str, Any], name: str) -> Part:
         nested = next((path.parent.parent for path in root.glob("*/images/training")), None)
         hint = f"\n  The folder {nested} looks like it: give that as DATA" if nested else ""
         raise RunError(f"there are no images and label maps for {name} in {root.resolve()}; expected is{TREE}{hint}")
-    suffixes = {
-        "img_suffix": _suffix(images, _setting(dataset, "img_suffix")),
-        "seg_map_suffix": _suffix(labels, _setting(dataset, "seg_map_suffix")),
-    }
-    dataset["data_prefix"] = dict(img_path=str(images.resolve()), seg_map_path=str(labels.resolve()))
-    dataset.update({key: value for key, value in suffixes.items() if value != _setting(dataset, key)})
-    return Part(name, images, labels, *suffixes.values())
+    image_suffix = _suffix(images, _setting(dataset, "img_suffix"))
+    return Part(name, images, labels, image_suffix, _suffix(labels, _setting(dataset, "seg_map_suffix")))
 
 
 def _setting(dataset: dict[str, Any], name: str) -> Any:
-    """What a data set is given as an argument, else its class's default."""
-    return dataset.get(name, inspect.signature(DATASETS.get(dataset["type"])).parameters[name].default)
+    """What a data set is given as an argument, else the default of its class, or of the one that this builds on."""
+    if name in dataset:
+        return dataset[name]
+    signatures = (inspect.signature(each).parameters for each in DATASETS.get(dataset["type"]).__mro__)
+    return next(parameters[name].default for parameters in signatures if name in parameters)
 
 
 def _suffix(folder: Path, expected: str) -> str:
@@ -175,7 +177,7 @@ def _stems(folder: Path, suffix: str) -> list[str]:
 
 def _choose_classes(cfg: Config, request: Request) -> list[str]:
     """The class names of the run, in the order of their numbers."""
-    dataset = next(leaf_datasets(cfg))
+    dataset = next(iter(leaf_datasets(cfg).values()))
     own = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO.get("classes")
     source = None
     if request.classes == "auto":
@@ -189,7 +191,7 @@ def _choose_classes(cfg: Config, request: Request) -> list[str]:
     if len(names) > IGNORED:
         raise RunError(f"label maps have room for {IGNORED} classes, {source} names {len(names)}")
     if names != list(own or []):
-        for each in leaf_datasets(cfg):
+        for each in leaf_datasets(cfg).values():
             suffixes = {key: _setting(each, key) for key in ("img_suffix", "seg_map_suffix")}
             each.update(type="BaseSegDataset", metainfo=dict(classes=tuple(names)), **suffixes)
             each.update(reduce_zero_label=request.reduce_zero_label)
