@@ -1,14 +1,18 @@
 """Hooks for mmengine's Runner."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mmcv
+import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
+
+SMALLEST_SIDE = 384
 
 
 @HOOKS.register_module()
@@ -32,8 +36,34 @@ class DrawPredictions(Hook):
         for i, sample in enumerate(outputs):
             if (batch_idx * loader.batch_size + i) % step == 0:
                 picture = mmcv.imread(sample.img_path, channel_order="rgb")
+                factor = math.ceil(SMALLEST_SIDE / min(picture.shape[:2]))
+                picture = mmcv.imrescale(picture, factor)
                 file = self.folder / f"{Path(sample.img_path).stem}.png"
-                runner.visualizer.add_datasample(file.stem, picture, data_sample=sample, out_file=str(file))
+                runner.visualizer.add_datasample(
+                    file.stem, picture, data_sample=enlarge(sample.cpu(), factor), out_file=str(file)
+                )
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         runner.logger.info(f"pictures with truth (left) and predictions (right): {self.folder}")
+
+
+def enlarge(sample: BaseDataElement, factor: int) -> BaseDataElement:
+    """A copy of a sample whose boxes and masks are `factor` times as large: names would cover small pictures."""
+
+    def pixels(maps: torch.Tensor) -> torch.Tensor:
+        return maps.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+    sample = sample.clone()
+    for key in ("gt_instances", "pred_instances"):
+        instances = sample.get(key)
+        if instances is not None:
+            instances.bboxes = instances.bboxes * factor
+            masks = instances.get("masks")
+            if torch.is_tensor(masks):
+                instances.masks = pixels(masks)
+            elif masks is not None:  # mmdet's BitmapMasks or PolygonMasks
+                instances.masks = masks.resize((masks.height * factor, masks.width * factor))
+    for key in ("gt_sem_seg", "pred_sem_seg"):
+        if sample.get(key) is not None:
+            sample.set_field(type(sample.get(key))(data=pixels(sample.get(key).data)), key)
+    return sample
