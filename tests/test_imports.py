@@ -121,6 +121,11 @@ def ours(path: Path) -> set[str]:
         ("convmlp.zoo", {"convmlp.model"}),
         ("convmlp.timm_models", {"convmlp.model", "convmlp.zoo"}),
         ("convmlp", {"convmlp.model", "convmlp.zoo"}),
+        ("convmlp.errors", set()),
+        ("convmlp.precision", set()),
+        ("convmlp.openmmlab.ops", set()),
+        ("convmlp.openmmlab.backbone", {"convmlp.errors", "convmlp.model", "convmlp.zoo"}),
+        ("convmlp.openmmlab", {f"convmlp.openmmlab.{name}" for name in ("backbone", "hooks", "ops", "optim")}),
     ],
 )
 def test_imports_go_one_way(module, allowed):
@@ -135,10 +140,19 @@ def test_the_core_imports_torch_and_the_standard_library(module, lazily):
     assert others - sys.stdlib_module_names - {"torch"} == lazily
 
 
-def test_nothing_else_in_the_package_imports_the_training():
-    outside = [name for name in MODULES if not name.startswith("convmlp.classification")]
+@pytest.mark.parametrize("part", ["convmlp.classification", "convmlp.openmmlab"])
+def test_nothing_else_in_the_package_imports_the_training(part):
+    outside = [name for name in MODULES if not name.startswith(part)]
     assert len(outside) >= 5
-    assert [name for name in outside if any(m.startswith("convmlp.classification") for m in ours(MODULES[name]))] == []
+    assert [name for name in outside if any(m.startswith(part) for m in ours(MODULES[name]))] == []
+
+
+@pytest.mark.parametrize(
+    ("library", "modules"), [("mmdet", {"convmlp.openmmlab.coco"}), ("mmseg", {"convmlp.openmmlab.labelmaps"})]
+)
+def test_each_library_is_imported_where_it_is_what_the_module_is_about(library, modules):
+    found = {name for name, path in MODULES.items() if any(m.partition(".")[0] == library for m in imported(path))}
+    assert found == modules
 
 
 def test_no_module_tries_an_import_to_see_what_is_there():
@@ -151,8 +165,13 @@ def test_no_module_tries_an_import_to_see_what_is_there():
     assert tries == []
 
 
-@pytest.mark.parametrize(("script", "module"), [("classification.py", "convmlp.classification")])
-def test_root_scripts_import_their_part_of_the_package_alone(script, module):
-    if not (ROOT / script).exists():
-        pytest.skip(f"{script} is not there yet")
-    assert {name for name in imported(ROOT / script) if name not in sys.stdlib_module_names} == {module}
+@pytest.mark.parametrize(
+    ("script", "modules"),
+    [
+        ("classification.py", {"convmlp.classification"}),
+        ("detection.py", {"convmlp.openmmlab.coco", "convmlp.openmmlab.engine"}),
+        ("segmentation.py", {"convmlp.openmmlab.engine", "convmlp.openmmlab.labelmaps"}),
+    ],
+)
+def test_root_scripts_import_their_part_of_the_package_alone(script, modules):
+    assert {name for name in imported(ROOT / script) if name not in sys.stdlib_module_names} == modules
