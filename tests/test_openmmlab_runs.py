@@ -447,6 +447,14 @@ def test_the_seed_decides(data):
             [str(CONFIGS / QUICK_DETECTION), "--cfg-options", "randomnes=3"],
             "no key 'randomnes'; did you mean randomness?",
         ),
+        (
+            [str(CONFIGS / QUICK_DETECTION), "--cfg-options", "log_level=INFO", "folder"],
+            "--cfg-options takes KEY=VALUE, got folder; DATA stands behind the config",
+        ),
+        (
+            [str(CONFIGS / QUICK_DETECTION), "--cfg-options", "train_dataloader.dataset.pipeline.9=3"],
+            "Index 9 exceeds the length of list",
+        ),
         ([str(CONFIGS / "detection/_base_/schedule_1x.py")], "schedule_1x.py has no model"),
         ([str(CONFIGS / QUICK_DETECTION), "--launcher", "pytorch"], "the environment does not say RANK, WORLD_SIZE"),
     ],

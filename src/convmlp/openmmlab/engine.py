@@ -1,5 +1,6 @@
 """detection.py and segmentation.py: from the command line over a config to a run of mmengine."""
 
+import importlib.util
 import os
 import sys
 import warnings
@@ -81,7 +82,10 @@ def load_config(options: Namespace) -> Config:
             raise RunError(f"{options.config} has no {key}: it is not the config of a model to train")
     for key in options.cfg_options:
         _check_key(cfg, key)
-    cfg.merge_from_dict(options.cfg_options)
+    try:
+        cfg.merge_from_dict(options.cfg_options)
+    except (KeyError, TypeError, IndexError) as error:
+        raise RunError(f"--cfg-options: {error}") from error
     if options.data:
         replace_root(cfg, options.data)
 
@@ -98,6 +102,10 @@ def load_config(options: Namespace) -> Config:
             raise RunError(f"--auto-scale-lr: {options.config} has no auto_scale_lr.base_batch_size")
         cfg.auto_scale_lr.enable = True
     if options.tensorboard:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise RunError("--tensorboard needs a package that is not there: pip install tensorboard")
+        if "vis_backends" not in (cfg.get("visualizer") or {}):
+            raise RunError(f"--tensorboard: {options.config} has no visualizer with vis_backends")
         cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, dict(type="TensorboardVisBackend")]
     return cfg
 

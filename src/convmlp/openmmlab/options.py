@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mmengine.config import DictAction
 
@@ -14,6 +14,18 @@ LAUNCHERS = ("auto", "none", "pytorch", "slurm", "mpi")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise RunError(message)
+
+
+class _ConfigValues(DictAction):
+    """KEY=VALUE pairs, of which mmengine's own action takes the form for granted."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        for text in values:
+            if not text.partition("=")[0] or "=" not in text:
+                parser.error(f"--cfg-options takes KEY=VALUE, got {text}; DATA stands behind the config")
+        super().__call__(parser, namespace, values, option_string)
 
 
 def build_parser(script: str) -> argparse.ArgumentParser:
@@ -56,7 +68,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add(
         "--cfg-options",
         nargs="+",
-        action=DictAction,
+        action=_ConfigValues,
         default={},
         metavar="KEY=VALUE",
         help="change config values: optim_wrapper.optimizer.lr=2e-4 train_dataloader.batch_size=4",
