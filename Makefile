@@ -28,10 +28,11 @@ SCENES = output/scenes
 # Written at the end of the run, beside best.pth
 BACKBONE = output/quickstart_crops/confusion_matrix.png
 
-$(SCENES)/digit_scenes.json: | $(INSTALLED)
+$(SCENES)/.complete: | $(INSTALLED)
 	$(VENV)/bin/python examples/digit_scenes.py $(SCENES)
+	@touch $@
 
-$(BACKBONE): $(SCENES)/digit_scenes.json
+$(BACKBONE): $(SCENES)/.complete
 	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart_crops.yml --overwrite $(SCENES)/crops
 
 quickstart-detection: $(INSTALLED) $(BACKBONE)

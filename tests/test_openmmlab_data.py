@@ -100,6 +100,23 @@ def outside(content: dict) -> None:
     content["annotations"][0]["bbox"] = [50, 10, 40, 10]
 
 
+def truncate_one(data: Path) -> None:
+    (data / "train2017/000002.jpg").write_bytes(b"")
+
+
+def crowds(content: dict) -> None:
+    for annotation in content["annotations"]:
+        annotation["iscrowd"] = 1
+
+
+def tiny(content: dict) -> None:
+    """Pictures of 30 pixels, as the file has it; all boxes go where they fit."""
+    for annotation in content["annotations"]:
+        annotation.update(bbox=[0, 0, 20, 20])
+    for image in content["images"]:
+        image.update(width=30)
+
+
 def drop_class(data: Path, split: str, digit: int) -> None:
     change(data, split, lambda c: c.update(annotations=[a for a in c["annotations"] if a["category_id"] != digit + 1]))
 
@@ -152,6 +169,26 @@ def corners(content: dict) -> None:
             lambda d: change(d, "train", lambda c: c["images"][1].update(id=c["images"][0]["id"])),
             "1 images share an id",
         ),
+        (truncate_one, "train: 1 images cannot be read: 000002.jpg"),
+        (
+            lambda d: change(d, "train", lambda c: c["images"][0].update(width=128, height=128)),
+            "train: 1 images have another size than the file says: 000001.jpg",
+        ),
+        (
+            lambda d: change(d, "train", lambda c: c["categories"].append({"id": 1, "name": "bis"})),
+            "2 categories have the id 1",
+        ),
+        (
+            lambda d: change(d, "train", lambda c: c["categories"][1].update(name="zero")),
+            "2 categories have the name 'zero'",
+        ),
+        (
+            lambda d: change(d, "train", crowds),
+            "train: no image of 32 pixels or more has a box of the classes zero, one,",
+        ),
+        (lambda d: change(d, "train", lambda c: c["categories"].append("eleven")), "categories holds 'eleven'"),
+        (lambda d: change(d, "train", lambda c: c["images"][0].update(width="64")), "images with id 1 has width '64'"),
+        (lambda d: change(d, "train", lambda c: c["annotations"][0].update(area=None)), "has area None"),
     ],
 )
 def test_every_mistake_in_a_coco_data_set_is_one_clear_line(detection, check, spoil, message):
@@ -178,9 +215,11 @@ def test_several_mistakes_are_told_at_once(detection, check):
 
 def test_masks_are_asked_for_only_where_they_are_needed(detection, check):
     change(detection, "train", lambda c: c["annotations"][0].pop("segmentation"))
+    change(detection, "train", lambda c: c["annotations"][1].update(segmentation=[[1, 2, 3, 4]]))
     assert check(RETINANET, detection)[0] == 0
     code, said = check(MASKRCNN, detection)
     assert code == 2 and "train: 1 annotations have no segmentation" in said
+    assert "1 annotations have a segmentation that is neither polygons of three points or more nor RLE" in said
 
 
 def test_a_few_bad_boxes_among_thousands_are_only_named(detection, check):
@@ -203,11 +242,76 @@ def test_images_that_training_passes_over_are_named(detection, check):
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != content["images"][0]["id"]]
 
     change(detection, "val", empty)
-    assert "have no annotations" not in check(RETINANET, detection)[1]
+    assert "not trained on" not in check(RETINANET, detection)[1]
     change(detection, "train", empty)
     change(detection, "val", lambda c: c.update(annotations=c["annotations"][:1]))
     _, said = check(RETINANET, detection)
-    assert "WARNING - train: 1 images have no annotations and are not trained on: 000001.jpg" in said
+    assert "WARNING - train: 1 images are not trained on, having no box of a class, or being smaller than 32 " in said
+    assert "32 pixels: 000001.jpg" in said
+
+
+def test_a_missing_first_image_does_not_hide_the_others(detection, tmp_path, check):
+    own = tmp_path / "own"
+    for split in ("train", "val"):
+        shutil.copytree(detection / f"{split}2017", own / "images" / split)
+    shutil.copytree(detection / "annotations", own / "annotations")
+    (own / "images/train/000001.jpg").unlink()
+    code, said = check(RETINANET, own)
+    assert code == 2 and f"train: 1 images are not in {own}/images/train: 000001.jpg" in said
+
+
+def own_config(folder: Path, text: str) -> str:
+    (folder / "own.py").write_text(text)
+    return str(folder / "own.py")
+
+
+@pytest.mark.parametrize(("config", "kind"), [(RETINANET, "single CocoDataset"), (FPN, "single folder of label maps")])
+def test_data_that_cannot_be_followed_is_refused(config, kind, originals, tmp_path, capfd):
+    """Its classes could not be set, and it would be trained on with labels of a meaning of their own."""
+    own = own_config(
+        tmp_path,
+        f"_base_ = {config!r}\n"
+        "train_dataloader = dict(dataset=dict(_delete_=True, type='ConcatDataset', "
+        "datasets=[_base_.train_dataloader.dataset, _base_.train_dataloader.dataset]))\n",
+    )
+    script, prepare = ("segmentation.py", labelmaps.prepare) if config == FPN else ("detection.py", coco.prepare)
+    data = originals / ("segmentation" if config == FPN else "detection")
+    assert main(script, prepare, [own, str(data), "--check-data"]) == 2
+    said = capfd.readouterr().err
+    assert f"is not a {kind}" in said and "--classes config --skip-data-check" in said
+
+
+def test_a_config_of_the_other_task_is_refused(originals, capfd):
+    assert main("detection.py", coco.prepare, [FPN, str(originals / "segmentation"), "--check-data"]) == 2
+    assert "is not a single CocoDataset" in capfd.readouterr().err
+
+
+def test_heads_count_the_classes_of_the_config_too(originals, tmp_path):
+    """A config that names its classes and forgets the heads would fail in the first validation."""
+    root = originals / "detection"
+    names = [name for name in reversed(DIGITS) if name != "two"]
+    cfg = Config.fromfile(
+        own_config(
+            tmp_path,
+            f"_base_ = {MASKRCNN!r}\ndata_root = 'elsewhere/'\nmeta = dict(classes={names!r})\n"
+            "train_dataloader = dict(dataset=dict(metainfo=meta))\n"
+            "val_dataloader = dict(dataset=dict(metainfo=meta))\n",
+        )
+    )
+    replace_root(cfg, str(root))
+    coco.prepare(cfg, Request(classes="config"))
+    assert cfg.model.roi_head.bbox_head.num_classes == cfg.model.roi_head.mask_head.num_classes == 9
+    # mmdet numbers classes in the order of the annotation file, whatever order a config has
+    assert cfg.train_dataloader.dataset.metainfo.classes == tuple(name for name in DIGITS if name != "two")
+    assert cfg.train_dataloader.dataset.ann_file.startswith(str(root))
+
+
+def test_weights_of_a_loss_must_fit_the_classes(originals, tmp_path, capfd):
+    config = str(ROOT / "configs/segmentation/quickstart_fpn.py")
+    (tmp_path / "names.txt").write_text("\n".join(["background", *DIGITS, "ten"]))
+    argv = [config, str(originals / "segmentation"), "--check-data", "--classes", str(tmp_path / "names.txt")]
+    assert main("segmentation.py", labelmaps.prepare, argv) == 2
+    assert "class_weight of a loss in the config has 11 values for 12 classes" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("config", [RETINANET, FPN])
@@ -266,7 +370,7 @@ def test_classes_of_a_text_file_are_a_choice_of_the_categories(detection, tmp_pa
     assert "2 classes from" in said and ": three, seven" in said  # in the order of the annotation file
     names.write_text("seven\ntrois\n")
     code, said = check(RETINANET, detection, "--classes", str(names))
-    assert code == 2 and "has no category trois; it has zero, one," in said
+    assert code == 2 and "has no category trois, which" in said and "names.txt has; it has zero, one," in said
 
 
 def test_classes_of_the_config_must_be_there(detection, check):
@@ -385,6 +489,35 @@ def test_without_own_names_the_classes_are_the_configs(segmentation, check):
     assert code == 0 and "wall" in said and "classes never occur" in said
     code, said = check(FPN, segmentation, "--classes", str(names))
     assert code == 0 and "11 classes from" in said
+
+
+def test_zero_is_left_out_whatever_names_the_classes_come_from(segmentation, tmp_path):
+    (segmentation / "classes.txt").unlink()
+    cfg = Config.fromfile(
+        own_config(
+            tmp_path,
+            f"_base_ = {FPN!r}\nmeta = dict(classes={DIGITS!r})\n"
+            "own = dict(type='BaseSegDataset', reduce_zero_label=False, metainfo=meta)\n"
+            "train_dataloader = dict(dataset=own)\n"
+            "val_dataloader = dict(dataset=own)\n"
+            "test_dataloader = val_dataloader\n",
+        )
+    )
+    replace_root(cfg, str(segmentation))
+    labelmaps.prepare(cfg, Request(reduce_zero_label=True))
+    assert cfg.train_dataloader.dataset.reduce_zero_label and cfg.test_dataloader.dataset.reduce_zero_label
+    assert cfg.model.decode_head.num_classes == 10
+
+
+def test_folders_behind_links_are_read(segmentation, tmp_path, check):
+    for kind in ("images", "annotations"):
+        folder = segmentation / kind / "training"
+        folder.rename(tmp_path / kind)
+        folder.mkdir()
+        (folder / "more").symlink_to(tmp_path / kind)
+        (folder / "._000001.png").touch()
+    code, said = check(FPN, segmentation)
+    assert code == 0, said
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +22,8 @@ from test_openmmlab_backbone import DETECTION, SEGMENTATION
 
 import convmlp
 from convmlp.openmmlab import coco, labelmaps
+from convmlp.openmmlab.checkpoints import read_run_checkpoint
 from convmlp.openmmlab.engine import main
-from convmlp.openmmlab.runner import read_run_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -343,12 +344,49 @@ def test_a_published_checkpoint_of_the_old_libraries_is_tested(data, said):
     old["meta"]["CLASSES"] = tuple(reversed(classes))
     torch.save(old, "old.pth")
     assert run(QUICK_DETECTION, data / "detection", "--test", "old.pth", "--work-dir", "test", *options) == 2
-    assert "was trained for other classes (10) than the data has (10): nine / zero" in said()
+    assert "was trained for other classes (10) than this run has (10): nine / zero" in said()
 
+    old["meta"]["CLASSES"] = classes
     del old["state_dict"]["neck.fpn_convs.1.conv.bias"]
     torch.save(old, "old.pth")
     assert run(QUICK_DETECTION, data / "detection", "--test", "old.pth", "--work-dir", "test", *options) == 2
     assert "neck.fpn_convs.1.conv.bias is missing" in said()
+
+
+def test_the_backbone_of_a_trained_detector_starts_another(data, said):
+    assert run(QUICK_DETECTION, data / "detection", "--work-dir", "run", *quick()) == 0
+    source = "model.backbone.init_cfg.checkpoint=run/epoch_1.pth"
+    assert run(QUICK_SEGMENTATION, data / "segmentation", "--work-dir", "no", *quick_segmentation(source)) == 2
+    assert "whole detector or segmentor: add prefix='backbone.'" in said()
+    options = quick_segmentation(source, "model.backbone.init_cfg.prefix=backbone.")
+    assert run(QUICK_SEGMENTATION, data / "segmentation", "--work-dir", "yes", *options) == 0
+    assert "all 180 tensors loaded from run/epoch_1.pth" in said()
+
+
+def test_the_line_that_a_run_ends_with_tests_it(data, said):
+    names = Path("three four.txt")
+    names.write_text("three\nfour\n")
+    assert run(QUICK_DETECTION, data / "detection", "--work-dir", "run", "--classes", names, *quick()) == 0
+    line = next(line for line in said().splitlines() if "test it: " in line)
+    command = shlex.split(line.partition("test it: ")[2])
+    assert command[:2] == ["python", "detection.py"]
+    assert main("detection.py", coco.prepare, [*command[2:], "--work-dir", "test"]) == 0
+    assert len(list(Path("pictures").glob("*.png"))) == 3
+
+
+def test_documented_changes_of_the_config_are_accepted(data):
+    more = ["optim_wrapper.clip_grad.max_norm=1.0", "train_dataloader.batch_size=2", "model.backbone.with_cp=True"]
+    options = [*same_test(SMALL_DETECTION), *SMALL_RETINANET, *more]
+    name = "detection/retinanet_convmlp_s_fpn_1x_coco.py"
+    assert run(name, data / "detection", "--work-dir", "run", "--cfg-options", *options) == 0
+    assert all("grad_norm" in entry for entry in logged(Path("run")) if "loss" in entry)
+
+
+def test_training_without_validation(data, said):
+    without = ["val_dataloader=None", "val_cfg=None", "val_evaluator=None"]
+    options = [option for option in quick() if not option.startswith("val_")]
+    assert run(QUICK_DETECTION, data / "detection", "--work-dir", "run", *options, *without) == 0
+    assert "so there is no best checkpoint; the last:" in said()
 
 
 def test_starting_from_a_detector_of_other_classes_keeps_all_but_the_head(data, said):
@@ -401,6 +439,16 @@ def test_amp_computes_in_bfloat16_on_cpus_that_have_it(data, monkeypatch, said):
     assert "the run stays in float32" in said()
 
 
+def test_mistakes_in_the_model_are_one_clear_line(data, said):
+    for option, message in (
+        ("model.backbone.arch=convmlp_x", "got 'convmlp_x'; did you mean convmlp_"),
+        ("model.backbone.norm_evall=True", "unexpected keyword argument 'norm_evall'"),
+    ):
+        assert run(QUICK_DETECTION, data / "detection", "--work-dir", "run", *quick(option)) == 2
+        text = said()
+        assert message in text and "Traceback" not in text
+
+
 def test_auto_scale_lr_scales_from_the_recipes_batch(data):
     options = same_test(SMALL_DETECTION)
     base = "detection/retinanet_convmlp_s_fpn_1x_coco.py"
@@ -435,6 +483,13 @@ def test_the_seed_decides(data):
         ([str(CONFIGS / QUICK_DETECTION), "--resume", "."], "--resume takes a file, got the folder ."),
         ([str(CONFIGS / QUICK_DETECTION), "--classes", "none.txt"], "--classes: no such file: none.txt"),
         ([str(CONFIGS / QUICK_DETECTION), "--resume", "--check-data"], "give one of --resume and --check-data"),
+        ([str(CONFIGS / QUICK_DETECTION), "--resume", "--overwrite"], "give one of --resume and --overwrite"),
+        ([str(CONFIGS / QUICK_DETECTION), "--test", str(ROOT / "setup.py"), "--amp"], "--amp is for training"),
+        ([str(CONFIGS / QUICK_DETECTION), "--seed", "-1"], "--seed lies between 0 and 4294967295, got -1"),
+        (
+            [str(CONFIGS / QUICK_DETECTION), "--work-dir", str(ROOT / "setup.py")],
+            "--work-dir is a folder, got the file",
+        ),
         (
             [str(CONFIGS / QUICK_DETECTION), "--cfg-options", "optim_wraper.optimizer.lr=1"],
             "the config has no 'optim_wraper' there; did you mean optim_wrapper?",
@@ -485,8 +540,8 @@ from mmengine.registry import HOOKS
 class RankCheck(Hook):
     def after_train(self, runner):
         digest = hashlib.sha256()
-        for parameter in runner.model.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
+        for value in runner.model.state_dict().values():
+            digest.update(value.numpy().tobytes())
         Path(f"rank{get_rank()}.txt").write_text(f"{type(runner.model).__name__} {digest.hexdigest()}")
 """
 
@@ -506,9 +561,14 @@ def test_two_processes_train_the_same_model(config, data):
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = (Path(f"rank{rank}.txt").read_text() for rank in (0, 1))
     assert first == second and first.startswith("MMDistributedDataParallel")
-    log = logged(Path("run"))
-    assert "mIoU" in log[-1] or "coco/bbox_mAP" in log[-1]
     assert done.stdout.count("The data set is in order.") == 1
+
+    # What was validated by two processes is what one finds in the checkpoint
+    key = "mIoU" if task == "segmentation" else "coco/bbox_mAP_50"
+    last = next(Path("run").glob("*_[0-9].pth"))
+    assert run(config, data / task, "--test", last, "--work-dir", "test", *options) == 0
+    tested = json.loads(next(Path("test").glob("*/*.json")).read_text())
+    assert tested[key] == pytest.approx([entry[key] for entry in logged(Path("run")) if key in entry][-1], abs=0.02)
 
 
 def test_a_mistake_of_all_processes_is_told_once(data):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
@@ -19,8 +20,8 @@ from ..zoo import (
     checkpoint_urls,
     extract_state_dict,
     find_checkpoint,
-    read_checkpoint,
 )
+from .checkpoints import read_run_checkpoint
 
 PUBLISHED = "imagenet"
 
@@ -108,8 +109,12 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         self._is_init = True
 
     def _load(self, checkpoint: str, prefix: str = "", map_location: Any = None) -> None:
-        path = find_checkpoint(checkpoint_urls(self.arch) if checkpoint == PUBLISHED else checkpoint)
-        weights = extract_state_dict(read_checkpoint(path), name=str(path))
+        source = checkpoint_urls(self.arch) if checkpoint == PUBLISHED else checkpoint
+        if is_main_process():
+            find_checkpoint(source)
+        barrier()  # the others find what the first has downloaded
+        path = find_checkpoint(source)
+        weights = extract_state_dict(read_run_checkpoint(path), name=str(path))
         if prefix:
             prefix = f"{prefix.removesuffix('.')}."
             weights = {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}

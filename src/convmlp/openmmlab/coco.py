@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
+from PIL import Image
 
 from ..errors import RunError
 from .datasets import (
@@ -17,11 +20,11 @@ from .datasets import (
     class_table,
     complain,
     in_same_place,
-    leaf_dataset,
     leaf_datasets,
     missing_in_training,
     read_names,
-    set_num_classes,
+    refuse_unknown,
+    set_classes,
     some,
 )
 
@@ -34,6 +37,17 @@ TREE = """
   DATA/annotations/instances_val2017.json
   DATA/train2017/*.jpg                        (or train/, images/train/, images/)
   DATA/val2017/*.jpg"""
+
+WITHOUT_VALIDATION = "to train without: --cfg-options val_dataloader=None val_cfg=None val_evaluator=None"
+NUMBER = (int, float)
+FIELDS = {
+    "images": dict(id=(int, str), file_name=str, width=NUMBER, height=NUMBER),
+    "categories": dict(id=(int, str), name=str),
+    "annotations": dict(
+        id=(int, str), image_id=(int, str), category_id=(int, str), bbox=list, area=NUMBER, iscrowd=(int, bool)
+    ),
+}
+SAMPLE = 500
 
 # COCO itself has two boxes of no height among 860 001; mmdet passes over them
 TOLERATED_BOXES = 1 / 1000
@@ -57,36 +71,38 @@ def prepare(cfg: Config, request: Request) -> str:
     """Point the config at the files and classes of its data set and check them.
 
     Returns:
-        A table of the annotations of each class, or '' if the data set is of another kind.
+        A table of the annotations of each class, or '' if nothing was to be checked.
 
     Raises:
         RunError: what is missing or wrong, one line each.
     """
+    if request.classes == "config" and request.check == "none":
+        return ""
     parts = []
     for name, loader in request.parts.items():
         datasets = in_same_place(cfg, loader)
-        if not datasets or datasets[loader].type not in TYPES:
-            if cfg.get(loader):
-                print_log(f"{loader}: no single CocoDataset, so its data is not checked", logger="current")
+        if cfg.get(loader) is None:
             continue
+        if not datasets or datasets[loader].type not in TYPES:
+            refuse_unknown(cfg, loader, "single CocoDataset")
         part = _find(datasets[loader], name)
         parts.append(part)
         for each, dataset in datasets.items():
             dataset.update(ann_file=str(part.file.resolve()), data_prefix=dict(img=str(part.images.resolve())))
             _point_evaluator(cfg.get(each.replace("dataloader", "evaluator")), part.file)
-    if not parts:
-        return ""
 
     names = _choose_classes(cfg, parts[0], request.classes)
     if request.check == "none":
         return ""
-    with_masks = any(step.get("with_mask") for step in leaf_dataset(cfg, request.parts[parts[0].name]).pipeline)
+    first = leaf_datasets(cfg)[next(iter(request.parts.values()))]
+    with_masks = any(step.get("with_mask") for step in first.pipeline)
     counts = {part.name: _count(part, names) for part in parts}
-    problems = [problem for part in parts for problem in _problems(part, with_masks)]
+    problems = [problem for part in parts for problem in _problems(part, with_masks, request.check == "all")]
     problems += _differences(parts)
-    complain(problems or missing_in_training(names, counts))
+    smallest = (first.get("filter_cfg") or {}).get("min_size", 0)
+    complain(problems or missing_in_training(names, counts) or _nothing_left(parts[0], names, smallest))
     for part in parts:
-        _remark(part, names)
+        _remark(part, names, smallest)
     return class_table(names, counts, "boxes")
 
 
@@ -97,13 +113,15 @@ def _find(dataset: dict[str, Any], name: str) -> Part:
     candidates += [root / place.format(split) for split in SPLITS[name] for place in ANNOTATIONS]
     file = next((path for path in candidates if path.is_file()), None)
     if file is None:
-        raise RunError(f"there is no annotation file for {name} in {root.resolve()}; expected is{TREE}")
+        without = "" if name == "train" else f"\n  ({WITHOUT_VALIDATION})"
+        raise RunError(f"there is no annotation file for {name} in {root.resolve()}; expected is{TREE}{without}")
     content = _read(file)
     folders = [root / dataset.get("data_prefix", {}).get("img", "")]
     folders += [root / place.format(split) for split in SPLITS[name] for place in IMAGES] + [file.parent]
-    first = content["images"][0]["file_name"]
-    images = next((folder for folder in folders if (folder / first).is_file()), folders[0])
-    return Part(name, file, images, content)
+    images = content["images"]
+    sample = [image["file_name"] for image in images[:: -(-len(images) // 50)]]
+    folder = max(folders, key=lambda folder: sum((folder / file_name).is_file() for file_name in sample))
+    return Part(name, file, folder, content)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -113,18 +131,21 @@ def _read(file: Path) -> dict[str, Any]:
         raise RunError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{file} is not a COCO annotation file: not a mapping")
-    for key in ("images", "annotations", "categories"):
-        if not isinstance(content.get(key), list):
+    for key, fields in FIELDS.items():
+        entries = content.get(key)
+        if not isinstance(entries, list):
             raise RunError(f"{file} is not a COCO annotation file: it has no list {key!r}")
-        if not content[key]:
+        if not entries:
             raise RunError(f"{file} has no {key}")
-    needed = {"images": ("id", "file_name", "width", "height"), "categories": ("id", "name")}
-    needed["annotations"] = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    for key, fields in needed.items():
-        for field in fields:
-            lacking = [entry.get("id") for entry in content[key] if field not in entry]
-            if lacking:
-                raise RunError(f"{file}: {len(lacking)} {key} have no {field!r}, the first has id {lacking[0]}")
+        for field, kinds in fields.items():
+            for entry in entries:
+                if not isinstance(entry, dict):
+                    raise RunError(f"{file}: {key} holds {entry!r}, which is not a mapping")
+                if field not in entry:
+                    lacking = sum(field not in other for other in entries if isinstance(other, dict))
+                    raise RunError(f"{file}: {lacking} {key} have no {field!r}, the first has id {entry.get('id')!r}")
+                if not isinstance(entry[field], kinds):
+                    raise RunError(f"{file}: {key} with id {entry.get('id')!r} has {field} {entry[field]!r}")
     return content
 
 
@@ -139,23 +160,20 @@ def _choose_classes(cfg: Config, part: Part, choice: str) -> list[str]:
     dataset = next(iter(leaf_datasets(cfg).values()))
     own = list((dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO["classes"])
     names = list(part.categories.values())
-    if len(names) != len({*names}):
-        raise RunError(f"{part.file}: two categories have the name {Counter(names).most_common(1)[0][0]!r}")
-    if choice not in ("auto", "config"):
-        wanted = read_names(Path(choice))
+    ids = [category["id"] for category in part.content["categories"]]
+    for what, values in (("name", names), ("id", ids)):
+        value, times = Counter(values).most_common(1)[0]
+        if times > 1:
+            raise RunError(f"{part.file}: {times} categories have the {what} {value!r}")
+    if choice != "auto":
+        source = "the config" if choice == "config" else choice
+        wanted = own if choice == "config" else read_names(Path(choice))
         unknown = [name for name in wanted if name not in names]
         if unknown:
-            raise RunError(f"{choice}: {part.file} has no category {some(unknown)}; it has {some(names, 20)}")
+            raise RunError(f"{part.file} has no category {some(unknown)}, which {source} has; it has {some(names, 20)}")
         names = [name for name in names if name in wanted]
-    if choice == "config":
-        unknown = [name for name in own if name not in names]
-        if unknown:
-            raise RunError(f"{part.file} has no category {some(unknown)}, which the config has; --classes auto")
-        return own
+    set_classes(cfg, names)
     if names != own:
-        for each in leaf_datasets(cfg).values():
-            each["metainfo"] = dict(classes=tuple(names))
-        set_num_classes(cfg.model, len(names))
         print_log(
             f"{len(names)} classes from {part.file} in place of the config's {len(own)}: {some(names, 20)}",
             logger="current",
@@ -170,7 +188,7 @@ def _count(part: Part, names: list[str]) -> dict[int, int]:
     return {numbers[key]: count for key, count in found.items() if key in numbers}
 
 
-def _problems(part: Part, with_masks: bool) -> list[str]:
+def _problems(part: Part, with_masks: bool, everything: bool) -> list[str]:
     """What keeps a part from being trained on."""
     problems = []
     images = {image["id"]: image for image in part.content["images"]}
@@ -181,15 +199,18 @@ def _problems(part: Part, with_masks: bool) -> list[str]:
         if entries:
             problems.append(f"{part.name}: {len(entries)} {what}: {some(entries)} (in {part.file})")
 
-    folders = {image["file_name"].rpartition("/")[0] for image in images.values()}
-    there = {
-        f"{folder}/{path.name}".lstrip("/")
-        for folder in folders
-        if (part.images / folder).is_dir()
-        for path in (part.images / folder).iterdir()
-    }
-    absent = [image["file_name"] for image in images.values() if image["file_name"] not in there]
-    report(f"images are not in {part.images}", absent)
+    files = {image["file_name"]: image for image in images.values()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        there = dict(zip(files, pool.map(lambda name: (part.images / name).is_file(), files), strict=True))
+        looked = [name for name in files if there[name]]
+        looked = looked[:: 1 if everything else max(1, -(-len(looked) // SAMPLE))]
+        sizes = dict(zip(looked, pool.map(lambda name: _size(part.images / name), looked), strict=True))
+    report(f"images are not in {part.images}", [name for name in files if not there[name]])
+    report("images cannot be read", [name for name, size in sizes.items() if not size])
+    report(
+        "images have another size than the file says",
+        [name for name, size in sizes.items() if size and {*size} != {files[name]["width"], files[name]["height"]}],
+    )
     report("images share an id", [key for key, n in Counter(i["id"] for i in part.content["images"]).items() if n > 1])
     report("annotations share an id", [key for key, n in Counter(a["id"] for a in annotations).items() if n > 1])
     report(
@@ -205,7 +226,45 @@ def _problems(part: Part, with_masks: bool) -> list[str]:
         report("boxes have no size or reach out of the image (x, y, width, height in pixels), annotations", bad)
     if with_masks:
         report("annotations have no segmentation", [a["id"] for a in annotations if not a.get("segmentation")])
+        report(
+            "annotations have a segmentation that is neither polygons of three points or more nor RLE",
+            [a["id"] for a in annotations if a.get("segmentation") and not _is_mask(a["segmentation"])],
+        )
     return problems
+
+
+def _size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a picture, None if it cannot be read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.size
+    except OSError:
+        return None
+
+
+def _is_mask(segmentation: Any) -> bool:
+    if isinstance(segmentation, dict):
+        return "counts" in segmentation and "size" in segmentation
+    return isinstance(segmentation, list) and all(
+        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
+    )
+
+
+def _trainable(part: Part, names: list[str], smallest: int) -> set[Any]:
+    """Ids of the images that mmdet trains on: large enough, and with a box of a class that is no crowd."""
+    wanted = {key for key, name in part.categories.items() if name in names}
+    images = {i["id"]: i for i in part.content["images"] if min(i["width"], i["height"]) >= smallest}
+    return {
+        a["image_id"]
+        for a in part.content["annotations"]
+        if a["category_id"] in wanted and not a["iscrowd"] and a["image_id"] in images
+    }
+
+
+def _nothing_left(part: Part, names: list[str], smallest: int) -> list[str]:
+    if part.name != "train" or _trainable(part, names, smallest):
+        return []
+    return [f"train: no image of {smallest} pixels or more has a box of the classes {some(names)} that is no crowd"]
 
 
 def _fits(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
@@ -228,19 +287,20 @@ def _differences(parts: list[Part]) -> list[str]:
     return [f"the categories of train and val differ: {some(only) or 'their order'}"]
 
 
-def _remark(part: Part, names: list[str]) -> None:
+def _remark(part: Part, names: list[str], smallest: int) -> None:
     """Say what training will pass over without calling it a mistake."""
     remarks = []
-    used = {a["image_id"] for a in part.content["annotations"]}
-    empty = [image["file_name"] for image in part.content["images"] if image["id"] not in used]
-    tiny = [image["file_name"] for image in part.content["images"] if min(image["width"], image["height"]) < 32]
     images = {image["id"]: image for image in part.content["images"]}
+    if part.name == "train":
+        left = _trainable(part, names, smallest)
+        unused = [image["file_name"] for key, image in images.items() if key not in left]
+        if unused:
+            remarks.append(
+                f"{len(unused)} images are not trained on, having no box of a class, or being smaller than "
+                f"{smallest} pixels: {some(unused)}"
+            )
     bad = [a["id"] for a in part.content["annotations"] if not _fits(a, images[a["image_id"]])]
     absent = [name for i, name in enumerate(names) if i not in _count(part, names)]
-    if part.name == "train" and empty:
-        remarks.append(f"{len(empty)} images have no annotations and are not trained on: {some(empty)}")
-    if part.name == "train" and tiny:
-        remarks.append(f"{len(tiny)} images are smaller than 32 pixels and are not trained on: {some(tiny)}")
     if bad:
         remarks.append(f"{len(bad)} boxes have no size or reach out of the image, annotations {some(bad)}")
     if absent:

@@ -17,7 +17,6 @@ LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 class Request:
     """What the command line asks of the data: see --classes, --reduce-zero-label, --check-data, --skip-data-check."""
 
-    root: str | None = None
     classes: str = "auto"
     reduce_zero_label: bool = False
     testing: bool = False
@@ -29,18 +28,27 @@ class Request:
         return {"val": "test_dataloader"} if self.testing else {"train": "train_dataloader", "val": "val_dataloader"}
 
 
-def leaf_dataset(cfg: Config, loader: str) -> ConfigDict | None:
-    """The data set of a loader, out of wrappers such as RepeatDataset; None if there is none, or are several."""
-    dataset = (cfg.get(loader) or {}).get("dataset")
-    while dataset is not None and "dataset" in dataset:
-        dataset = dataset.dataset
-    return dataset if dataset is not None and "datasets" not in dataset else None
-
-
 def leaf_datasets(cfg: Config) -> dict[str, ConfigDict]:
-    """The data sets of all loaders that have a single one, by loader."""
-    found = {loader: leaf_dataset(cfg, loader) for loader in LOADERS}
-    return {loader: dataset for loader, dataset in found.items() if dataset is not None}
+    """The data set of each loader, out of wrappers such as RepeatDataset.
+
+    A loader of several data sets (ConcatDataset) is left out: nothing here can follow it.
+    """
+    found = {}
+    for loader in LOADERS:
+        dataset = (cfg.get(loader) or {}).get("dataset")
+        while dataset is not None and "dataset" in dataset:
+            dataset = dataset.dataset
+        if dataset is not None and "datasets" not in dataset:
+            found[loader] = dataset
+    return found
+
+
+def refuse_unknown(cfg: Config, loader: str, kind: str) -> None:
+    """Raise that the data of a loader is not of the kind that can be checked and whose classes can be read."""
+    raise RunError(
+        f"{loader} of {cfg.filename} is not a {kind}, so its data cannot be checked, nor its classes read; "
+        "--classes config --skip-data-check runs the config as it is"
+    )
 
 
 def in_same_place(cfg: Config, loader: str) -> dict[str, ConfigDict]:
@@ -56,25 +64,30 @@ def in_same_place(cfg: Config, loader: str) -> dict[str, ConfigDict]:
 
 
 def replace_root(cfg: Config, root: str) -> None:
-    """Put `root` in the place of the config's data_root, wherever a path starts with it.
+    """Put `root` in the place of every data_root of the config, wherever a path starts with it.
 
     Raises:
         RunError: the config names no data_root, or there is no folder `root`.
     """
     if not Path(root).is_dir():
         raise RunError(f"no such data folder: {root}")
-    old = cfg.get("data_root") or (leaf_dataset(cfg, "train_dataloader") or {}).get("data_root")
-    if not old:
+    roots = {cfg.get("data_root"), *(dataset.get("data_root") for dataset in leaf_datasets(cfg).values())}
+    olds = sorted((old.rstrip("/") for old in roots if old), key=len, reverse=True)
+    if not olds:
         raise RunError(f"{cfg.filename} names no data_root that DATA could replace")
-    old = old.rstrip("/")
+    new = Path(root)
 
     def replaced(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: replaced(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(replaced(item) for item in value)
-        if isinstance(value, str) and (value == old or value.startswith(old + "/")):
-            return root.rstrip("/") + value[len(old) :] if root != "/" else value[len(old) :]
+        if isinstance(value, str):
+            for old in olds:
+                if value.rstrip("/") == old:
+                    return str(new)
+                if value.startswith(old + "/"):
+                    return str(new / value[len(old) + 1 :])
         return value
 
     for key in cfg:
@@ -97,17 +110,33 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def set_num_classes(model: Any, number: int) -> None:
-    """Give every head of a model config that counts classes this number."""
+def set_classes(cfg: Config, names: Sequence[str], **settings: Any) -> None:
+    """Give every data set of a config these classes, and every head of its model their number.
+
+    Raises:
+        RunError: a loss weighs another number of classes.
+    """
+    for dataset in leaf_datasets(cfg).values():
+        meta = {**(dataset.get("metainfo") or {}), "classes": tuple(names)}
+        if len(meta.get("palette") or names) != len(names):
+            del meta["palette"]
+        dataset.update(metainfo=meta, **settings)
+    _set_num_classes(cfg.model, len(names))
+
+
+def _set_num_classes(model: Any, number: int) -> None:
     if isinstance(model, dict):
         for key, value in model.items():
-            if key == "num_classes":
+            if key == "num_classes" and not str(model.get("type")).endswith("RPNHead"):
                 model[key] = number
+            elif key == "class_weight" and isinstance(value, (list, tuple)):
+                if len(value) not in (number, number + 1):  # the one more is for the background
+                    raise RunError(f"class_weight of a loss in the config has {len(value)} values for {number} classes")
             else:
-                set_num_classes(value, number)
+                _set_num_classes(value, number)
     elif isinstance(model, (list, tuple)):
         for item in model:
-            set_num_classes(item, number)
+            _set_num_classes(item, number)
 
 
 def some(names: Sequence[Any], limit: int = 3) -> str:

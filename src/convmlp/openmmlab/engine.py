@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shlex
 import sys
 import warnings
 from argparse import Namespace
@@ -19,9 +20,10 @@ from mmengine.utils.dl_utils import set_multi_processing
 from ..errors import RunError, complain, suggest
 from ..precision import resolve_amp_dtype
 from ..zoo import CheckpointError
-from .datasets import Request, replace_root
+from .checkpoints import find_checkpoints, newest_readable
+from .datasets import Request, leaf_datasets, replace_root
 from .options import parse_options
-from .runner import CarefulRunner, find_checkpoints, newest_readable
+from .runner import CarefulRunner
 
 Prepare = Callable[[Config, Request], str]
 
@@ -30,6 +32,7 @@ DRAWN_PICTURES = 50
 # Top-level keys that mmengine reads and a config need not have
 RUNNER_KEYS = ("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name")
 RUNNER_KEYS += ("find_unused_parameters", "load_from", "log_level", "model_wrapper_cfg", "randomness", "sync_bn")
+OPTIONAL_OF_OPTIMIZERS = ("clip_grad", "paramwise_cfg")
 
 
 def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
@@ -52,7 +55,7 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
         adapt_to_machine(cfg, options.amp)
         cfg = on_main_process(lambda: choose_work(cfg, options))
         if options.test:
-            CarefulRunner.from_cfg(cfg).test()
+            build_runner(cfg).test()
         else:
             train(cfg, options, script)
         return 0
@@ -77,9 +80,9 @@ def load_config(options: Namespace) -> Config:
         cfg = Config.fromfile(options.config)
     except Exception as error:  # a config is a program
         raise RunError(f"cannot read the config {options.config}: {type(error).__name__}: {error}") from error
-    for key in ("model", "train_dataloader", "val_dataloader", "train_cfg", "optim_wrapper"):
+    for key in ("model", "test_dataloader") if options.test else ("model", "train_dataloader", "optim_wrapper"):
         if cfg.get(key) is None:
-            raise RunError(f"{options.config} has no {key}: it is not the config of a model to train")
+            raise RunError(f"{options.config} has no {key}: it is not the config of a model to train or test")
     for key in options.cfg_options:
         _check_key(cfg, key)
     try:
@@ -119,6 +122,8 @@ def _check_key(cfg: Config, key: str) -> None:
             node = node[int(part)]
         elif isinstance(node, (dict, Config)) and part in node:
             node = node[part]
+        elif path[0] == "optim_wrapper" and part in OPTIONAL_OF_OPTIMIZERS:
+            return
         else:
             known = list(node) if isinstance(node, (dict, Config)) else []
             raise RunError(f"--cfg-options {key}: the config has no {part!r} there{suggest(part, map(str, known))}")
@@ -138,21 +143,23 @@ def start_processes(launcher: str, cfg: Config) -> str:
         return launcher
     environment = cfg.get("env_cfg", {})
     set_multi_processing(**environment.get("mp_cfg", {}), distributed=True)
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
-        if local_rank >= torch.cuda.device_count():
-            raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
-        init_dist(launcher, **environment.get("dist_cfg", {}))
-        return launcher
-    prefix = {"slurm": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")}
-    prefix["mpi"] = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-    names = dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), prefix.get(launcher, ()), strict=False))
-    os.environ.update({ours: os.environ[theirs] for ours, theirs in names.items() if theirs in os.environ})
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    if launcher == "slurm":
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    elif launcher == "mpi":
+        names = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
+    else:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    missing = [name for name in (*names, "MASTER_ADDR") if name not in os.environ]
     if missing:
         raise RunError(f"--launcher {launcher}: the environment does not say {', '.join(missing)}")
+    os.environ.update(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), [os.environ[name] for name in names], strict=True))
     os.environ.setdefault("MASTER_PORT", "29500")
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
+        init_dist("pytorch", **environment.get("dist_cfg", {}))
+    else:
+        dist.init_process_group("gloo")
     return launcher
 
 
@@ -183,7 +190,6 @@ def adapt_to_data(cfg: Config, options: Namespace, prepare: Prepare) -> Config:
     """Files, classes and the check of the data set; what it found goes to standard output."""
     check = "none" if options.skip_data_check else "all" if options.check_data else "sample"
     request = Request(
-        root=options.data,
         classes=options.classes,
         reduce_zero_label=options.reduce_zero_label,
         testing=bool(options.test),
@@ -205,14 +211,18 @@ def adapt_to_machine(cfg: Config, amp: bool) -> None:
         wrapper["find_unused_parameters"] = cfg.get("find_unused_parameters", False)
         if cfg.launcher != "none":
             cfg.model_wrapper_cfg = cfg.get("model_wrapper_cfg") or wrapper
-    if not amp:
+    if not amp and (has_gpu or cfg.optim_wrapper.get("type") != "AmpOptimWrapper"):
         return
     if has_gpu:
         cfg.optim_wrapper.update(type="AmpOptimWrapper", loss_scale="dynamic")
-    elif resolve_amp_dtype("auto", torch.device("cpu")):
+        return
+    for key in ("loss_scale", "dtype", "use_fsdp"):
+        cfg.optim_wrapper.pop(key, None)
+    if resolve_amp_dtype("auto", torch.device("cpu")):
         cfg.optim_wrapper.type = "AutocastOptimWrapper"
     else:
-        logger.warning("--amp: this CPU does not compute in bfloat16 by itself, so the run stays in float32")
+        cfg.optim_wrapper.type = "OptimWrapper"
+        logger.warning("mixed precision: this CPU does not compute in bfloat16 by itself, the run stays in float32")
 
 
 def _replace_sync_bn(node: Any) -> None:
@@ -247,6 +257,8 @@ def choose_work(cfg: Config, options: Namespace) -> Config:
             logger.info(f"nothing to resume in {folder}: the run starts from the beginning")
         cfg.load_from, cfg.resume = newest and str(newest), newest is not None
     elif options.resume:
+        if find_checkpoints(folder) and Path(options.resume).resolve().parent != folder.resolve():
+            raise RunError(f"{folder} holds another run than {options.resume}: --work-dir DIR keeps them apart")
         cfg.load_from, cfg.resume = options.resume, True
     elif find_checkpoints(folder):
         if not options.overwrite:
@@ -265,20 +277,52 @@ def draw(cfg: Config, folder: str | None) -> None:
         cfg.custom_hooks = [*(cfg.get("custom_hooks") or []), hook]
 
 
+def build_runner(cfg: Config) -> CarefulRunner:
+    """The runner of a config.
+
+    Raises:
+        RunError: the config says something that its libraries do not understand.
+    """
+    try:
+        return CarefulRunner.from_cfg(cfg)
+    except (TypeError, ValueError, KeyError, AssertionError) as error:
+        raise RunError(f"{cfg.filename} cannot be built: {error}") from error
+
+
 def train(cfg: Config, options: Namespace, script: str) -> None:
     """Train, and say at the end where the best checkpoint is and how to test it."""
-    runner = CarefulRunner.from_cfg(cfg)
+    runner = build_runner(cfg)
+    names = next(iter(leaf_datasets(cfg).values()), {}).get("metainfo", {}).get("classes")
+    if names:
+        runner.logger.info(f"{len(names)} classes: {', '.join(names)}")
     runner.train()
+    folder = Path(runner.work_dir)
     best = runner.message_hub.runtime_info.get("best_ckpt")
-    if not best:
-        runner.logger.warning("no best checkpoint: no validation found anything that could be scored")
+    if best:
+        checkpoint = folder / Path(best).name  # the folder may have moved since
+        runner.logger.info(f"best: {runner.message_hub.get_info('best_score'):.4g}, {checkpoint}")
+    elif find_checkpoints(folder):
+        checkpoint = find_checkpoints(folder)[0]
+        runner.logger.warning(f"no validation gave a score, so there is no best checkpoint; the last: {checkpoint}")
+    else:
         return
-    score = runner.message_hub.get_info("best_score")
-    runner.logger.info(f"best: {score:.4g}, {best}")
-    data = f" {options.data}" if options.data else ""
-    runner.logger.info(f"test it: python {script} {options.config}{data} --test {best} --show-dir pictures")
+    if cfg.get("test_dataloader") is None:
+        return
+    config = folder / Path(cfg.filename).name  # everything that the command line said is in there
+    command = [
+        "python",
+        script,
+        str(config),
+        "--classes",
+        "config",
+        "--test",
+        str(checkpoint),
+        "--show-dir",
+        "pictures",
+    ]
+    runner.logger.info(f"test it: {shlex.join(command)}")
     if options.show_dir:
         test = cfg.copy()
-        test.load_from, test.resume = best, False
+        test.load_from, test.resume = str(checkpoint), False
         draw(test, options.show_dir)
-        CarefulRunner.from_cfg(test).test()
+        build_runner(test).test()

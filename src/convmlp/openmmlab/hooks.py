@@ -1,6 +1,7 @@
 """Hooks for mmengine's Runner."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,15 +33,16 @@ class DrawPredictions(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any, outputs: Sequence[BaseDataElement]
     ) -> None:
         loader = runner.test_dataloader
-        step = -(-len(loader.dataset) // self.limit)
+        folders = list((getattr(loader.dataset, "data_prefix", None) or {"": "."}).values())
+        step = -(-len(loader.dataset) // (self.limit * runner.world_size))  # the first process draws
         for i, sample in enumerate(outputs):
             if (batch_idx * loader.batch_size + i) % step == 0:
                 picture = mmcv.imread(sample.img_path, channel_order="rgb")
                 factor = math.ceil(SMALLEST_SIDE / min(picture.shape[:2]))
                 picture = mmcv.imrescale(picture, factor)
-                file = self.folder / f"{Path(sample.img_path).stem}.png"
+                name = "_".join(Path(os.path.relpath(sample.img_path, folders[0])).with_suffix(".png").parts)
                 runner.visualizer.add_datasample(
-                    file.stem, picture, data_sample=enlarge(sample.cpu(), factor), out_file=str(file)
+                    name, picture, data_sample=enlarge(sample.cpu(), factor), out_file=str(self.folder / name)
                 )
 
     def after_test_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:

@@ -25,11 +25,11 @@ from .datasets import (
     class_table,
     complain,
     in_same_place,
-    leaf_dataset,
     leaf_datasets,
     missing_in_training,
     read_names,
-    set_num_classes,
+    refuse_unknown,
+    set_classes,
     some,
 )
 
@@ -49,6 +49,7 @@ TREE = """
   DATA/annotations/training/NAME.png      (or labels/, masks/)
   DATA/annotations/validation/NAME.png
   DATA/classes.txt                        names in the order of their numbers, for other classes than the config's"""
+CLASSES = "classes.txt"
 SINGLE_CHANNEL = ("L", "P", "1")
 SAMPLE = 500
 
@@ -84,32 +85,32 @@ def prepare(cfg: Config, request: Request) -> str:
     """Point the config at the files and classes of its data set and check them.
 
     Returns:
-        A table of the pixels of each class, or '' if the data set is of another kind.
+        A table of the pixels of each class, or '' if nothing was to be checked.
 
     Raises:
         RunError: what is missing or wrong, one line each.
     """
+    if request.classes == "config" and request.check == "none":
+        return ""
     parts = []
     for name, loader in request.parts.items():
         datasets = in_same_place(cfg, loader)
+        if cfg.get(loader) is None:
+            continue
         dataset = datasets.get(loader, {})
         if dataset.get("ann_file") or "seg_map_path" not in dataset.get("data_prefix", {}):
-            if cfg.get(loader):
-                print_log(f"{loader}: no single folder of label maps, so its data is not checked", logger="current")
-            continue
+            refuse_unknown(cfg, loader, "single folder of label maps")
         part = _find(dataset, name)
         parts.append(part)
         suffixes = dict(img_suffix=part.image_suffix, seg_map_suffix=part.label_suffix)
         for each in datasets.values():
             each["data_prefix"] = dict(img_path=str(part.images.resolve()), seg_map_path=str(part.labels.resolve()))
             each.update({key: value for key, value in suffixes.items() if value != _setting(each, key)})
-    if not parts:
-        return ""
 
     names = _choose_classes(cfg, request)
     if request.check == "none":
         return ""
-    reduce_zero_label = _setting(leaf_dataset(cfg, request.parts[parts[0].name]), "reduce_zero_label")
+    reduce_zero_label = _setting(next(iter(leaf_datasets(cfg).values())), "reduce_zero_label")
     problems: list[str] = []
     counts = {}
     everything = True
@@ -157,7 +158,7 @@ def _setting(dataset: dict[str, Any], name: str) -> Any:
 
 def _suffix(folder: Path, expected: str) -> str:
     """The ending of the files in a folder: the expected one if a file has it, else the commonest."""
-    names = [path.name for path in folder.rglob("*")]
+    names = [path.name for path in _files(folder)]
     if any(name.endswith(expected) for name in names):
         others = [name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.endswith(expected)]
         if others:
@@ -172,7 +173,15 @@ def _suffix(folder: Path, expected: str) -> str:
 
 
 def _stems(folder: Path, suffix: str) -> list[str]:
-    return sorted(str(path.relative_to(folder))[: -len(suffix)] for path in folder.rglob(f"*{suffix}"))
+    return sorted(
+        str(path.relative_to(folder))[: -len(suffix)] for path in _files(folder) if path.name.endswith(suffix)
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files in a folder and below, as mmengine finds them: through links, without hidden ones."""
+    walk = os.walk(folder, followlinks=True)
+    return [Path(place, name) for place, _, names in walk for name in names if not name.startswith(".")]
 
 
 def _choose_classes(cfg: Config, request: Request) -> list[str]:
@@ -181,7 +190,7 @@ def _choose_classes(cfg: Config, request: Request) -> list[str]:
     own = (dataset.get("metainfo") or {}).get("classes") or DATASETS.get(dataset.type).METAINFO.get("classes")
     source = None
     if request.classes == "auto":
-        file = Path(dataset.get("data_root") or "") / "classes.txt"
+        file = Path(dataset.get("data_root") or "") / CLASSES
         source = file if file.is_file() else None
     elif request.classes != "config":
         source = Path(request.classes)
@@ -190,21 +199,27 @@ def _choose_classes(cfg: Config, request: Request) -> list[str]:
     names = list(own) if source is None else read_names(source)
     if len(names) > IGNORED:
         raise RunError(f"label maps have room for {IGNORED} classes, {source} names {len(names)}")
-    if names != list(own or []):
-        for each in leaf_datasets(cfg).values():
-            suffixes = {key: _setting(each, key) for key in ("img_suffix", "seg_map_suffix")}
-            each.update(type="BaseSegDataset", metainfo=dict(classes=tuple(names)), **suffixes)
-            each.update(reduce_zero_label=request.reduce_zero_label)
-            for step in each.pipeline:
-                if step["type"] == "LoadAnnotations":
-                    step.pop("reduce_zero_label", None)
-        set_num_classes(cfg.model, len(names))
-        meaning = "0 is left out and 1" if request.reduce_zero_label else "0"
+    if source is None and request.classes == "auto":
         print_log(
-            f"{len(names)} classes from {source} in place of the config's {len(own or [])} "
-            f"(label {meaning} is the first): {some(names, 20)}",
+            f"no {CLASSES} in the data folder: its label maps are taken for the config's {len(names)} classes, "
+            f"{some(names)}",
             logger="current",
         )
+    if names == list(own or []) and not request.reduce_zero_label:
+        set_classes(cfg, names)
+        return names
+    for each in leaf_datasets(cfg).values():
+        each.update({key: _setting(each, key) for key in ("img_suffix", "seg_map_suffix")}, type="BaseSegDataset")
+        for step in each.pipeline:
+            if step["type"] == "LoadAnnotations":
+                step.pop("reduce_zero_label", None)
+    set_classes(cfg, names, reduce_zero_label=request.reduce_zero_label)
+    meaning = "0 is left out and 1" if request.reduce_zero_label else "0"
+    print_log(
+        f"{len(names)} classes from {source or 'the config'} in place of the config's {len(own or [])} "
+        f"(label {meaning} is the first): {some(names, 20)}",
+        logger="current",
+    )
     return names
 
 

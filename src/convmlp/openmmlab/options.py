@@ -63,7 +63,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
     add("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on CPUs that have it")
     add("--auto-scale-lr", action="store_true", help="scale the learning rate from the recipe's batch to this run's")
     add("--seed", type=int, metavar="N", help="seed of all random numbers; by default the config's")
-    add("--deterministic", action="store_true", help="only deterministic operators, at some cost in speed")
+    add("--deterministic", action="store_true", help="deterministic operators where there are, at some cost in speed")
     add("--tensorboard", action="store_true", help="also log for TensorBoard (pip install tensorboard)")
     add(
         "--cfg-options",
@@ -105,6 +105,17 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
     exclusive = [name for name in ("test", "resume", "check_data") if getattr(options, name)]
     if len(exclusive) > 1:
         raise RunError(f"give one of {' and '.join('--' + name.replace('_', '-') for name in exclusive)}")
+    if options.resume and options.overwrite:
+        raise RunError("give one of --resume and --overwrite")
+    for name in ("amp", "auto_scale_lr", "overwrite", "tensorboard"):
+        if options.test and getattr(options, name):
+            raise RunError(f"--{name.replace('_', '-')} is for training, not for --test")
+    for name in ("work_dir", "show_dir"):
+        folder = getattr(options, name)
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise RunError(f"--{name.replace('_', '-')} is a folder, got the file {folder}")
+    if options.seed is not None and not 0 <= options.seed < 2**32:
+        raise RunError(f"--seed lies between 0 and {2**32 - 1}, got {options.seed}")
     if options.check_data and options.skip_data_check:
         raise RunError("give one of --check-data and --skip-data-check")
     return options
