@@ -219,6 +219,7 @@ def interrupted_config(config: str, iteration: int) -> Path:
     return file.resolve()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on CPUs")
 @pytest.mark.parametrize(
     ("config", "options", "iteration", "last", "at"),
     [
@@ -462,6 +463,7 @@ def test_tensorboard_on_request(data):
     assert list(Path("run").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bit for bit on CPUs")
 def test_the_seed_decides(data):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         assert run(QUICK_DETECTION, data / "detection", "--seed", seed, "--work-dir", name, *quick()) == 0
