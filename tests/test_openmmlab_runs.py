@@ -276,6 +276,9 @@ def test_resume_without_a_run_starts_one(data, said):
     assert run(QUICK_DETECTION, data / "detection", "--work-dir", "run", "--resume", *quick()) == 0
     assert "nothing to resume in run" in said()
     assert Path("run/epoch_1.pth").exists()
+    options = quick("load_from=run/epoch_1.pth")
+    assert run(QUICK_DETECTION, data / "detection", "--work-dir", "other", "--resume", *options) == 0
+    assert re.search(r"loaded \d+ tensors from run/epoch_1.pth", said())
 
 
 def test_an_earlier_run_is_not_overwritten_by_accident(data, said):

@@ -255,7 +255,8 @@ def choose_work(cfg: Config, options: Namespace) -> Config:
             raise RunError(f"no checkpoint in {folder} can be read; --overwrite starts anew")
         if newest is None:
             logger.info(f"nothing to resume in {folder}: the run starts from the beginning")
-        cfg.load_from, cfg.resume = newest and str(newest), newest is not None
+        else:
+            cfg.load_from, cfg.resume = str(newest), True
     elif options.resume:
         if find_checkpoints(folder) and Path(options.resume).resolve().parent != folder.resolve():
             raise RunError(f"{folder} holds another run than {options.resume}: --work-dir DIR keeps them apart")
@@ -309,18 +310,8 @@ def train(cfg: Config, options: Namespace, script: str) -> None:
     if cfg.get("test_dataloader") is None:
         return
     config = folder / Path(cfg.filename).name  # everything that the command line said is in there
-    command = [
-        "python",
-        script,
-        str(config),
-        "--classes",
-        "config",
-        "--test",
-        str(checkpoint),
-        "--show-dir",
-        "pictures",
-    ]
-    runner.logger.info(f"test it: {shlex.join(command)}")
+    command = ["python", script, str(config), "--classes", "config", "--test", str(checkpoint), "--show-dir"]
+    runner.logger.info(f"test it: {shlex.join(command)} pictures")
     if options.show_dir:
         test = cfg.copy()
         test.load_from, test.resume = str(checkpoint), False

@@ -67,6 +67,8 @@ class CarefulRunner(Runner):
     ) -> dict[str, Any]:
         """Load weights: all of them to test or resume; to start from them, at least all of the backbone.
 
+        The other arguments are Runner's, and change nothing: the file is read to the CPU and held to the rule above.
+
         Raises:
             CheckpointError: the file cannot be read, or does not fit; with the names of what differs.
         """
