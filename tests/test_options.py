@@ -121,7 +121,7 @@ def test_fine_tuning_configs_hold_the_published_recipes(variant, dataset):
 
 def test_every_config_is_valid_and_names_a_model():
     configs = [*CONFIGS.glob("*.yml"), *CONFIGS.glob("finetuned/*.yml")]
-    assert len(configs) == 14
+    assert len(configs) == 15
     for config in configs:
         assert is_model(options_of(config)["model"]), config
 
