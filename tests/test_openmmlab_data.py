@@ -509,6 +509,21 @@ def test_zero_is_left_out_whatever_names_the_classes_come_from(segmentation, tmp
     assert cfg.model.decode_head.num_classes == 10
 
 
+def test_folders_are_listed_a_few_times_however_many_files_they_hold(segmentation, check, monkeypatch):
+    """ADE20K has 20 000 label maps: a listing for each would take hours."""
+    listed = []
+    original = labelmaps._files
+    monkeypatch.setattr(labelmaps, "_files", lambda folder: listed.append(folder) or original(folder))
+    assert check(FPN, segmentation)[0] == 0
+    first = len(listed)
+    for kind, suffix in (("images", ".jpg"), ("annotations", ".png")):
+        folder = segmentation / kind / "training"
+        for i in range(50):
+            shutil.copy(folder / f"000001{suffix}", folder / f"more{i}{suffix}")
+    assert check(FPN, segmentation)[0] == 0
+    assert len(listed) == 2 * first
+
+
 def test_folders_behind_links_are_read(segmentation, tmp_path, check):
     for kind in ("images", "annotations"):
         folder = segmentation / kind / "training"

@@ -19,11 +19,10 @@ from .datasets import (
     Request,
     class_table,
     complain,
-    in_same_place,
     leaf_datasets,
     missing_in_training,
+    needed_datasets,
     read_names,
-    refuse_unknown,
     set_classes,
     some,
 )
@@ -79,13 +78,8 @@ def prepare(cfg: Config, request: Request) -> str:
     if request.classes == "config" and request.check == "none":
         return ""
     parts = []
-    for name, loader in request.parts.items():
-        datasets = in_same_place(cfg, loader)
-        if cfg.get(loader) is None:
-            continue
-        if not datasets or datasets[loader].type not in TYPES:
-            refuse_unknown(cfg, loader, "single CocoDataset")
-        part = _find(datasets[loader], name)
+    for name, chosen, datasets in needed_datasets(cfg, request, lambda each: each.type in TYPES, "single CocoDataset"):
+        part = _find(chosen, name)
         parts.append(part)
         for each, dataset in datasets.items():
             dataset.update(ann_file=str(part.file.resolve()), data_prefix=dict(img=str(part.images.resolve())))
@@ -300,7 +294,8 @@ def _remark(part: Part, names: list[str], smallest: int) -> None:
                 f"{smallest} pixels: {some(unused)}"
             )
     bad = [a["id"] for a in part.content["annotations"] if not _fits(a, images[a["image_id"]])]
-    absent = [name for i, name in enumerate(names) if i not in _count(part, names)]
+    counts = _count(part, names)
+    absent = [name for i, name in enumerate(names) if i not in counts]
     if bad:
         remarks.append(f"{len(bad)} boxes have no size or reach out of the image, annotations {some(bad)}")
     if absent:

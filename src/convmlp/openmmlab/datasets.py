@@ -1,6 +1,6 @@
 """What the data sets of detection and segmentation have in common: their place in a config, classes, complaints."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,6 @@ def leaf_datasets(cfg: Config) -> dict[str, ConfigDict]:
     return found
 
 
-def refuse_unknown(cfg: Config, loader: str, kind: str) -> None:
-    """Raise that the data of a loader is not of the kind that can be checked and whose classes can be read."""
-    raise RunError(
-        f"{loader} of {cfg.filename} is not a {kind}, so its data cannot be checked, nor its classes read; "
-        "--classes config --skip-data-check runs the config as it is"
-    )
-
-
 def in_same_place(cfg: Config, loader: str) -> dict[str, ConfigDict]:
     """The data set of a loader, and others that read the same files: test is mostly val once more."""
     datasets = leaf_datasets(cfg)
@@ -61,6 +53,26 @@ def in_same_place(cfg: Config, loader: str) -> dict[str, ConfigDict]:
         return [datasets[name].get(key) for key in ("type", "data_root", "ann_file", "data_prefix")]
 
     return {name: dataset for name, dataset in datasets.items() if place(name) == place(loader)}
+
+
+def needed_datasets(
+    cfg: Config, request: Request, fits: Callable[[ConfigDict], bool], kind: str
+) -> Iterator[tuple[str, ConfigDict, dict[str, ConfigDict]]]:
+    """Part by part what is needed: its name, its data set, and by loader all data sets in the same place.
+
+    Raises:
+        RunError: a data set is not of the kind that can be checked and whose classes can be read.
+    """
+    for name, loader in request.parts.items():
+        if cfg.get(loader) is None:
+            continue
+        datasets = in_same_place(cfg, loader)
+        if not datasets or not fits(datasets[loader]):
+            raise RunError(
+                f"{loader} of {cfg.filename} is not a {kind}, so its data cannot be checked, nor its classes read; "
+                "--classes config --skip-data-check runs the config as it is"
+            )
+        yield name, datasets[loader], datasets
 
 
 def replace_root(cfg: Config, root: str) -> None:

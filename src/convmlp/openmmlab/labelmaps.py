@@ -24,11 +24,10 @@ from .datasets import (
     Request,
     class_table,
     complain,
-    in_same_place,
     leaf_datasets,
     missing_in_training,
+    needed_datasets,
     read_names,
-    refuse_unknown,
     set_classes,
     some,
 )
@@ -93,13 +92,7 @@ def prepare(cfg: Config, request: Request) -> str:
     if request.classes == "config" and request.check == "none":
         return ""
     parts = []
-    for name, loader in request.parts.items():
-        datasets = in_same_place(cfg, loader)
-        if cfg.get(loader) is None:
-            continue
-        dataset = datasets.get(loader, {})
-        if dataset.get("ann_file") or "seg_map_path" not in dataset.get("data_prefix", {}):
-            refuse_unknown(cfg, loader, "single folder of label maps")
+    for name, dataset, datasets in needed_datasets(cfg, request, _is_folder, "single folder of label maps"):
         part = _find(dataset, name)
         parts.append(part)
         suffixes = dict(img_suffix=part.image_suffix, seg_map_suffix=part.label_suffix)
@@ -115,7 +108,7 @@ def prepare(cfg: Config, request: Request) -> str:
     counts = {}
     everything = True
     for part in parts:
-        stems = [stem for stem in part.label_stems if stem in {*part.image_stems}]
+        stems = sorted({*part.label_stems} & {*part.image_stems})
         step = 1 if request.check == "all" else -(-len(stems) // SAMPLE)
         everything = everything and step <= 1
         found, wrong = _examine(part, stems[:: max(step, 1)], len(names), reduce_zero_label)
@@ -129,6 +122,10 @@ def prepare(cfg: Config, request: Request) -> str:
     if not everything:
         print_log(f"looked into {SAMPLE} label maps or fewer of each part; --check-data looks into all", "current")
     return class_table(names, counts, "pixels")
+
+
+def _is_folder(dataset: dict[str, Any]) -> bool:
+    return not dataset.get("ann_file") and "seg_map_path" in dataset.get("data_prefix", {})
 
 
 def _find(dataset: dict[str, Any], name: str) -> Part:
