@@ -49,11 +49,12 @@ def test_a_model_runs_with_torch_alone():
 
 
 def test_the_library_brings_in_nothing_but_torch():
-    code = "import torch\nbefore = {*sys.modules}\nimport convmlp\nprint(*sorted({*sys.modules} - before))"
+    code = "import torch\nbefore = {*sys.modules}\nfrom convmlp import ConvMLP, convmlp_s\nprint(*sorted({*sys.modules} - before))"
     new = python(code).split()
     assert [name for name in new if name.partition(".")[0] in BLOCKED] == []
     assert [name for name in new if name.startswith("convmlp")] == [
         "convmlp",
+        "convmlp.errors",
         "convmlp.layers",
         "convmlp.model",
         "convmlp.zoo",
@@ -70,6 +71,7 @@ import convmlp.timm_models
 print(*sorted(set(timm.list_models()) - before))
 """
     names = [f"convmlp_{size}{suffix}" for size in "lms" for suffix in ("", "_classification")]
+    names += ["pure_mlp", *(f"pure_mlp_{size}" for size in "lms")]
     assert python(code) == "|\n" + " ".join(names) + "\n"
 
 
@@ -118,11 +120,13 @@ def ours(path: Path) -> set[str]:
     [
         ("convmlp.layers", set()),
         ("convmlp.model", {"convmlp.layers"}),
-        ("convmlp.zoo", {"convmlp.model"}),
+        ("convmlp.zoo", {"convmlp.errors", "convmlp.model"}),
         ("convmlp.timm_models", {"convmlp.model", "convmlp.zoo"}),
         ("convmlp", {"convmlp.model", "convmlp.zoo"}),
+        ("convmlp.files", {"convmlp.errors"}),
+        ("convmlp.pictures", {"convmlp.errors"}),
         ("convmlp.errors", set()),
-        ("convmlp.precision", set()),
+        ("convmlp.devices", {"convmlp.errors"}),
         ("convmlp.openmmlab.ops", set()),
         (
             "convmlp.openmmlab.backbone",

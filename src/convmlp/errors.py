@@ -11,6 +11,10 @@ class RunError(Exception):
     """Something the user can mend. Shown as one line, without a traceback."""
 
 
+class CheckpointError(RunError, RuntimeError):
+    """A checkpoint that cannot be had, read, or fitted into the model; the message says which and what to do."""
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?' for the nearest known name, whatever its case, or nothing."""
     spellings = {spelling.lower(): spelling for spelling in known}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import ConvMLPStage, ConvStage, Tokenizer
+from .layers import ConvMLPStage, ConvStage, PatchMerging, Tokenizer
 
 POOLINGS = ("avg", "max", "avgmax", "")
 
@@ -29,6 +29,11 @@ class ConvMLP(nn.Module):
         global_pool: 'avg', 'max', 'avgmax' (their mean), or '' with num_classes=0 for the unpooled map.
         final_norm: LayerNorm after the last stage. By default it comes and goes with the head, as in the
             reference; True keeps it without one, as timm's users expect of num_classes=0.
+        conv_stage: False replaces the tokenizer by a linear layer over 4x4 patches, and the bottlenecks of the
+            convolution stage by as many Conv-MLP blocks of width `channels`.
+        conv_downsample: False replaces the strided convolutions by linear layers over 2x2 patches.
+        spatial_connect: False leaves out the depthwise convolution of the Conv-MLP blocks, and its norm. With all
+            three False the model is the paper's Pure-MLP baseline, see docs/ablation.md.
 
     Raises:
         ValueError: sequences of unequal length, a value out of range, or an unknown pooling.
@@ -48,6 +53,9 @@ class ConvMLP(nn.Module):
         drop_path_rate: float = 0.1,
         global_pool: str = "avg",
         final_norm: bool | None = None,
+        conv_stage: bool = True,
+        conv_downsample: bool = True,
+        spatial_connect: bool = True,
     ):
         super().__init__()
         if not len(blocks) == len(dims) == len(mlp_ratios) > 0:
@@ -68,10 +76,17 @@ class ConvMLP(nn.Module):
         self.num_features = self.head_hidden_size = dims[-1]
         self.classifier_head = classifier_head
 
-        self.tokenizer = Tokenizer(in_chans, channels)
-        self.conv_stages = ConvStage(channels, dims[0], n_conv_blocks)
+        def mlp_stage(dim: int, out_dim: int | None, n_blocks: int, mlp_ratio: float) -> ConvMLPStage:
+            return ConvMLPStage(dim, out_dim, n_blocks, mlp_ratio, drop_path_rate, conv_downsample, spatial_connect)
+
+        if conv_stage:
+            self.tokenizer: nn.Module = Tokenizer(in_chans, channels)
+            self.conv_stages: nn.Module = ConvStage(channels, dims[0], n_conv_blocks, conv_downsample)
+        else:
+            self.tokenizer = PatchMerging(in_chans, channels, 4)
+            self.conv_stages = mlp_stage(channels, dims[0], n_conv_blocks, mlp_ratios[0])
         self.stages = nn.ModuleList(
-            ConvMLPStage(dim, out_dim, n_blocks, mlp_ratio, drop_path_rate)
+            mlp_stage(dim, out_dim, n_blocks, mlp_ratio)
             for dim, out_dim, n_blocks, mlp_ratio in zip(dims, [*dims[1:], None], blocks, mlp_ratios, strict=True)
         )
         has_norm = num_classes > 0 if final_norm is None else final_norm
@@ -219,8 +234,9 @@ class ConvMLP(nn.Module):
         The tokenizer and the convolution stage are left alone: recomputing a BatchNorm would update its running
         statistics twice.
         """
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
+        for stage in self.parts().values():
+            if isinstance(stage, ConvMLPStage):
+                stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's layer groups, from input to output, for layer-wise learning rate decay."""
@@ -228,7 +244,7 @@ class ConvMLP(nn.Module):
             return dict(stem=r"^tokenizer", conv_stages=r"^conv_stages", blocks=r"^stages\.(\d+)")
         return dict(
             stem=r"^tokenizer",
-            conv_stages=[(r"^conv_stages\.conv_blocks\.(\d+)", None), (r"^conv_stages\.downsample", (999,))],
+            conv_stages=[(r"^conv_stages\.(?:conv_)?blocks\.(\d+)", None), (r"^conv_stages\.downsample", (999,))],
             blocks=[(r"^stages\.(\d+)\.blocks\.(\d+)", None), (r"^stages\.(\d+)\.downsample", (999,))],
         )
 

@@ -8,7 +8,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from .model import ConvMLP
-from .zoo import FIRST_CONV, VARIANTS, adapt_state_dict, checkpoint_urls, extract_state_dict
+from .zoo import PURE_MLPS, VARIANTS, adapt_state_dict, checkpoint_urls, extract_state_dict
 
 __all__: list[str] = []
 
@@ -20,9 +20,8 @@ _FINE_TUNED: dict[str, dict[str, Any]] = {
 }
 
 
-def _cfg(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
-        "url": checkpoint_urls(variant, dataset)[0],
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "pool_size": (7, 7),
@@ -30,7 +29,7 @@ def _cfg(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, An
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
-        "first_conv": FIRST_CONV,
+        "first_conv": "tokenizer.block.0",
         "classifier": "head",
         "license": "apache-2.0",
         "paper_ids": "arXiv:2109.04454",
@@ -40,15 +39,20 @@ def _cfg(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, An
     }
 
 
+def _published(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, Any]:
+    return _cfg(url=checkpoint_urls(variant, dataset)[0], **kwargs)
+
+
 default_cfgs = generate_default_cfgs(
     {
-        **{f"{v}.in1k": _cfg(v) for v in VARIANTS},
+        **{f"{v}.in1k": _published(v) for v in VARIANTS},
         **{
-            f"{v}.in1k_ft_{dataset}": _cfg(v, dataset, crop_pct=1.0, **settings)
+            f"{v}.in1k_ft_{dataset}": _published(v, dataset, crop_pct=1.0, **settings)
             for v in VARIANTS
             for dataset, settings in _FINE_TUNED.items()
         },
-        **{f"{v}_classification.in1k": _cfg(v) for v in VARIANTS},
+        **{f"{v}_classification.in1k": _published(v) for v in VARIANTS},
+        **{v: _cfg(first_conv="tokenizer.projection") for v in (*PURE_MLPS, "pure_mlp")},
     }
 )
 
@@ -61,7 +65,8 @@ def _fit(state_dict: dict[str, torch.Tensor], model: ConvMLP) -> dict[str, torch
     """
     state_dict = extract_state_dict(state_dict)
     adapted = adapt_state_dict(state_dict, model)
-    adapted[f"{FIRST_CONV}.weight"] = state_dict[f"{FIRST_CONV}.weight"]  # input channels are timm's to adapt
+    first_conv = f"{model.pretrained_cfg['first_conv']}.weight"
+    adapted[first_conv] = state_dict[first_conv]  # input channels are timm's to adapt
     if "head.weight" in state_dict:  # timm's loader goes on with this very dict
         model.pretrained_cfg["num_classes"] = len(state_dict["head.weight"])
     return adapted
@@ -74,7 +79,8 @@ def _create(
     dtype: torch.dtype | None = None,
     **kwargs: Any,
 ) -> ConvMLP:
-    variant = name.removesuffix("_classification")
+    known = {**VARIANTS, **PURE_MLPS, "pure_mlp": PURE_MLPS["pure_mlp_s"]}
+    settings = known[name.removesuffix("_classification")]
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             ConvMLP,
@@ -82,7 +88,7 @@ def _create(
             pretrained,
             pretrained_filter_fn=_fit,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-            **{**VARIANTS[variant], "final_norm": True, **kwargs},
+            **{**settings, "final_norm": True, **kwargs},
         )
     return model.to(dtype=dtype)
 
@@ -121,3 +127,27 @@ def convmlp_m_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP
 def convmlp_l_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
     """ConvMLP-L under the name of the reference's recipes."""
     return _create("convmlp_l_classification", pretrained, **kwargs)
+
+
+@register_model
+def pure_mlp(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """The same as pure_mlp_s."""
+    return _create("pure_mlp", pretrained, **kwargs)
+
+
+@register_model
+def pure_mlp_s(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """The Pure-MLP baseline of ConvMLP-S; there are no published weights."""
+    return _create("pure_mlp_s", pretrained, **kwargs)
+
+
+@register_model
+def pure_mlp_m(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """The Pure-MLP baseline of ConvMLP-M; there are no published weights."""
+    return _create("pure_mlp_m", pretrained, **kwargs)
+
+
+@register_model
+def pure_mlp_l(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+    """The Pure-MLP baseline of ConvMLP-L; there are no published weights."""
+    return _create("pure_mlp_l", pretrained, **kwargs)

@@ -13,6 +13,7 @@ from urllib.request import url2pathname
 
 import torch
 
+from .errors import CheckpointError
 from .model import ConvMLP
 
 _logger = logging.getLogger(__name__)
@@ -25,16 +26,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # fmt: on
 
+PURE_MLP = dict(conv_stage=False, conv_downsample=False, spatial_connect=False)
+PURE_MLPS = {name.replace("conv", "pure_"): {**settings, **PURE_MLP} for name, settings in VARIANTS.items()}
+
 MIRRORS = (
     "https://shi-labs.com/projects/convmlp/checkpoints/",
     "http://ix.cs.uoregon.edu/~alih/conv-mlp/checkpoints/",
 )
-
-FIRST_CONV = "tokenizer.block.0"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be had, read, or fitted into the model; the message says which and what to do."""
 
 
 def checkpoint_urls(variant: str, dataset: str = "imagenet") -> list[str]:
@@ -209,8 +207,8 @@ def adapt_state_dict(
         if f"{part}.weight" not in own:
             adapted = {key: value for key, value in adapted.items() if not key.startswith(f"{part}.")}
 
-    conv = f"{FIRST_CONV}.weight"
-    if conv in adapted and adapted[conv].ndim == 4 and conv in own:
+    conv = next(iter(own))
+    if conv in adapted and adapted[conv].ndim == 4:
         adapted[conv] = _adapt_in_chans(adapted[conv], own[conv].shape[1])
 
     head = adapted.get("head.weight")
@@ -220,7 +218,7 @@ def adapt_state_dict(
 
     differences = list_differences(adapted, own)
     if differences:
-        fitting = _fitting_variant(state_dict)
+        fitting = fitting_variant(state_dict)
         hint = f". It fits {fitting}" if fitting else ""
         raise CheckpointError(f"{name} does not fit the model: {shorten(differences)}{hint}")
     if new_head:
@@ -262,14 +260,16 @@ def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
     return weight.repeat(1, repeats, 1, 1)[:, :in_chans] * (channels / in_chans)
 
 
-def _fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """The variant a state_dict belongs to, whatever its head and input channels."""
+def fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
+    """The variant a state_dict belongs to, whatever its head and input channels, or None."""
 
-    def shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
-        return {k: v.shape for k, v in weights.items() if not k.startswith((FIRST_CONV, "norm.", "head."))}
+    def shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
+        return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}
 
     with torch.device("meta"):
-        for variant, settings in VARIANTS.items():
-            if shapes(ConvMLP(**settings).state_dict()) == shapes(state_dict):
+        for variant, settings in {**VARIANTS, **PURE_MLPS}.items():
+            own = ConvMLP(**settings).state_dict()
+            first = next(iter(own))
+            if first in state_dict and shapes(own, first) == shapes(state_dict, first):
                 return variant
     return None

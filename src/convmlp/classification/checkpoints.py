@@ -6,13 +6,13 @@ A checkpoint is a flat dict of tensors and plain values, so that reading it neve
 import logging
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import RunError
+from ..files import write_atomically
 from ..zoo import CheckpointError, read_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -20,25 +20,6 @@ _logger = logging.getLogger(__name__)
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 NEEDED_TO_RESUME = {"arch", "args", "batch", "best", "class_names", "epoch", "evaluated", "history", "loss_sums"}
 NEEDED_TO_RESUME |= {"optimizer", "state_dict", "updates", "world_size"}
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

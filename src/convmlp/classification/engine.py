@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from ..classifier import load_weights
 from ..errors import RunError, complain
-from ..zoo import CheckpointError, read_checkpoint
+from ..files import make_folder
+from ..zoo import read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
 from .evaluation import Details, evaluate, log_unreadable, write_details
 from .loaders import make_loader, seed_all
-from .models import create_model, load_weights, resolve_data_settings
+from .models import create_model, resolve_data_settings
 from .options import parse_options, stored_options
 from .process import Process, start_process
 from .sources import check_classes, open_source, relabel
@@ -28,9 +30,9 @@ _logger = logging.getLogger(__name__)
 SCRIPT = "classification.py"
 
 # What --eval takes from a checkpoint: the model and the images, not the machine or the training
-EVALUATION_SETTINGS = {"model", "gp", "img_size", "in_chans", "mean", "std", "interpolation", "crop_pct", "crop_mode"}
-EVALUATION_SETTINGS |= {"amp", "amp_dtype", "channels_last", "batch_size", "dataset", "val_split", "class_map"}
-EVALUATION_SETTINGS |= {"input_key", "target_key", "val_num_samples"}
+EVALUATION_SETTINGS = {"model", "model_kwargs", "gp", "img_size", "in_chans", "mean", "std", "interpolation"}
+EVALUATION_SETTINGS |= {"crop_pct", "crop_mode", "amp", "amp_dtype", "channels_last", "batch_size", "dataset"}
+EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "val_num_samples"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             train(options, process)
         return 0
-    except (RunError, CheckpointError) as error:
+    except RunError as error:
         complain(SCRIPT, f"error: {error}")
         return 2
     except Diverged as error:
@@ -141,17 +143,6 @@ def run_folder(options: Namespace) -> Path:
         return Path(options.eval).parent / "eval"
     name = options.experiment or (Path(options.config).stem if options.config else options.model)
     return Path(options.output or "output") / name
-
-
-def make_folder(folder: Path) -> None:
-    """Create the output folder, or say that it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
 
 def _check_folder(folder: Path) -> None:

@@ -11,8 +11,9 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
+from ..devices import autocast, resolve_amp_dtype
 from ..errors import RunError
-from ..precision import autocast, resolve_amp_dtype
+from ..pictures import to_image
 from . import report
 from .loaders import Loader, StreamLoader
 from .process import Process
@@ -42,7 +43,7 @@ class Details:
             self._mistakes += mistake
             spread = self._seen * (N_PICTURES // 2) // self._n_images  # this many even parts of the images are seen
             if mistake or spread < (self._seen + 1) * (N_PICTURES // 2) // self._n_images:
-                pixels = report.to_image(image, self._data_config["mean"], self._data_config["std"])
+                pixels = to_image(image, self._data_config["mean"], self._data_config["std"])
                 self.pictures.append(report.Picture(pixels, int(target), int(prediction), float(probability)))
             self._seen += 1
 

@@ -21,6 +21,7 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import RunError
+from ..pictures import to_mode
 from .process import Process
 from .sources import Source, image_mode
 
@@ -136,9 +137,7 @@ class BatchDataset(Dataset):
 
     def _read(self, index: int) -> tuple[Image.Image, int]:
         image, target = self.source.load(index)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
-            image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
-        return image.convert(self.image_mode), target
+        return to_mode(image, self.image_mode), target
 
     def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         samples, unreadable = [], []

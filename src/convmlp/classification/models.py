@@ -1,6 +1,5 @@
 """The model of a classification run, its starting weights, its loss and its optimizer."""
 
-import logging
 from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
@@ -13,113 +12,48 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from .. import timm_models  # noqa: F401  (registers our models with timm)
-from ..errors import RunError, suggest
-from ..model import ConvMLP
-from ..zoo import (
-    MIRRORS,
-    VARIANTS,
-    CheckpointError,
-    adapt_state_dict,
-    download,
-    extract_state_dict,
-    load_pretrained,
-    read_checkpoint,
-)
+from ..classifier import SOURCES, check_name, create_by_name, load_weights
+from ..errors import RunError
+from ..zoo import CheckpointError, read_checkpoint
 from .loaders import create_mixup
 from .process import Process
 
-_logger = logging.getLogger(__name__)
-
 TEACHER = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": None, "grad_checkpointing": False}
+TEACHER |= {"model_kwargs": {}}
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd", "momentum", "nesterov")
 
 
 def create_model(options: Namespace, process: Process, class_names: Sequence[str]) -> nn.Module:
     """The model of the options with its starting weights."""
-    _check_name("--model", options.model)
-    ours = _is_ours(options.model)
-    pretrained = options.pretrained and not options.initial_checkpoint
-    settings = {"drop_path_rate": options.drop_path, "global_pool": options.gp}
-    if timm.get_pretrained_cfg_value(options.model, "fixed_input_size"):
+    check_name("--model", options.model)
+    settings = {
+        "num_classes": len(class_names),
+        "in_chans": options.in_chans,
+        "drop_rate": options.drop,
+        "drop_path_rate": options.drop_path,
+        "global_pool": options.gp,
+    }
+    clash = sorted(settings.keys() & options.model_kwargs)
+    if clash:
+        raise RunError(f"--model-kwargs {clash[0]}: that has an option of its own")
+    if not options.model.startswith(SOURCES) and timm.get_pretrained_cfg_value(options.model, "fixed_input_size"):
         settings["img_size"] = options.img_size
+    settings = {key: value for key, value in settings.items() if value is not None} | options.model_kwargs
+    pretrained = options.pretrained and not options.initial_checkpoint
     try:
         with process.first_on_machine():
-            if pretrained and ours:
-                urls = [mirror + _published_file(options.model) for mirror in MIRRORS]
-                download(urls, progress=process.primary)
-            model = timm.create_model(
-                options.model,
-                pretrained=pretrained and not ours,
-                num_classes=len(class_names),
-                in_chans=options.in_chans,
-                drop_rate=options.drop,
-                **{key: value for key, value in settings.items() if value is not None},
-            )
-        if options.grad_checkpointing:
-            model.set_grad_checkpointing()
+            model = create_by_name(options.model, pretrained, progress=process.primary, **settings)
     except CheckpointError as error:
         raise RunError(f"{error}\nor start from random weights: --no-pretrained") from error
-    except Exception as error:  # of models that are not ours, in a hundred files
-        _logger.debug("creating the model failed", exc_info=True)
-        raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error
+    if options.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing()
+        except Exception as error:  # of models that are not ours
+            raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error
     if options.initial_checkpoint:
         path = options.initial_checkpoint
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
-    elif pretrained and ours:
-        load_pretrained(model, urls)
     return model
-
-
-def _check_name(option: str, name: str) -> None:
-    if not timm.is_model(name):
-        raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
-    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-    if "." in name and name not in tags:
-        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
-
-
-def _is_ours(name: str) -> bool:
-    return name.split(".")[0].removesuffix("_classification") in VARIANTS
-
-
-def _published_file(name: str) -> str:
-    return timm.get_pretrained_cfg(name).url.rpartition("/")[2]
-
-
-def load_weights(
-    model: nn.Module, checkpoint: Any, path: str, use_ema: bool, class_names: Sequence[str], new_head: bool
-) -> None:
-    """Load a checkpoint that was read from `path`.
-
-    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
-    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
-    """
-    state_dict = extract_state_dict(checkpoint, use_ema, name=path)
-    about = checkpoint if isinstance(checkpoint, dict) else {}
-    for key in ("mean", "std"):
-        if (about.get("data_config") or {}).get(key):
-            model.pretrained_cfg = {**model.pretrained_cfg, key: about["data_config"][key]}
-
-    classifier = model.pretrained_cfg["classifier"]
-    weight = state_dict.get(f"{classifier}.weight")
-    if weight is not None and (
-        len(weight) != len(class_names) or about.get("class_names", class_names) != list(class_names)
-    ):
-        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
-        if len(weight) == len(class_names):
-            message = f"{path} knows other classes ({', '.join(about['class_names'][:3])}, ...) than the data has"
-        if not new_head:
-            raise RunError(message)
-        _logger.warning(f"{message}: the head starts afresh")
-        own = model.state_dict()
-        state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
-    if isinstance(model, ConvMLP):
-        state_dict = adapt_state_dict(state_dict, model, name=path)
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error
 
 
 def resolve_data_settings(options: Namespace, model: nn.Module) -> dict[str, Any]:
@@ -154,7 +88,7 @@ def create_task(options: Namespace, model: nn.Module, process: Process, class_na
     )
     if not options.kd_model:
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    _check_name("--kd-model", options.kd_model)
+    check_name("--kd-model", options.kd_model)
     classes = timm.get_pretrained_cfg_value(options.kd_model, "num_classes")
     if not options.kd_checkpoint and classes != options.num_classes:
         raise RunError(

@@ -38,16 +38,27 @@ def number_or_auto(text: str) -> int | None:
 
 
 def numbers(text: str) -> list[float]:
-    """One or more numbers, separated by commas (or blanks, see `_join_numbers`)."""
+    """One or more numbers, separated by commas (or blanks, see `_join_lists`)."""
     return [float(part) for part in text.split(",")]
 
 
-def _join_numbers(argv: list[str]) -> list[str]:
+def keywords(text: str) -> dict[str, Any]:
+    """KEY=VALUE pairs, separated by commas (or blanks, see `_join_lists`); values as Python or YAML writes them."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\w+=)", text)]
+    if not all(key.isidentifier() and value for key, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"it takes KEY=VALUE, got {text}")
+    return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+
+def _join_lists(argv: list[str]) -> list[str]:
     """`--mean 0.5 0.4 0.3 DATA` to `--mean 0.5,0.4,0.3 DATA`: argparse would take DATA for a number as well."""
     joined = ["", ""]
     for token in argv:
         is_number = re.fullmatch(r"-?[\d.]+(e-?\d+)?", token)
-        if is_number and joined[-2] in ("--mean", "--std", "--decay-milestones"):
+        is_pair = re.match(r"\w+=", token)
+        if (is_number and joined[-2] in ("--mean", "--std", "--decay-milestones")) or (
+            is_pair and joined[-2] == "--model-kwargs"
+        ):
             joined[-1] += f",{token}"
         else:
             joined.append(token)
@@ -100,6 +111,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--drop", type=float, default=0.0, metavar="P", help="dropout before the head")
     add("--drop-path", type=float, metavar="P", help="stochastic depth; by default the model's (ConvMLP 0.1)")
     add("--gp", metavar="POOL", help="global pooling: avg, max, avgmax")
+    add(
+        "--model-kwargs",
+        type=keywords,
+        default={},
+        metavar="KEY=VALUE",
+        help="arguments of the model: conv_stage=False",
+    )
     add("--grad-checkpointing", action=switch, default=False, help="recompute activations to save memory")
 
     add = parser.add_argument_group("image size and normalisation; by default the model's").add_argument
@@ -195,7 +213,7 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
         RunError: an unknown name (the nearest is offered), a bad value, or an unreadable config.
     """
     parser = build_parser()
-    argv = _join_numbers(argv)
+    argv = _join_lists(argv)
     given, _ = parser.parse_known_args(argv)
     options = parser.parse_args([])
     if base:
@@ -254,6 +272,9 @@ def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: arg
                 tokens.append(flag)
             elif isinstance(action, argparse.BooleanOptionalAction):
                 tokens.append(f"--no-{flag.removeprefix('--')}")
+        elif isinstance(value, dict) and action.type is keywords:
+            if value:
+                tokens.append(f"{flag}={','.join(f'{name}={part}' for name, part in value.items())}")
         elif isinstance(value, list) and action.type is numbers:
             tokens.append(f"{flag}={','.join(map(str, value))}")
         elif isinstance(value, list) and action.nargs is not None:

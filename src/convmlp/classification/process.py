@@ -1,7 +1,6 @@
 """This process among those of the run, and the device it works on."""
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
+from ..devices import choose_device
 from ..errors import RunError
 
 
@@ -58,17 +58,9 @@ class Process:
 
 def start_process(device: str) -> Process:
     """Choose the device and join the other processes that torchrun or Slurm started (nccl on GPUs, else gloo)."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind = device.split(":")[0]
-    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", device):
-        raise RunError(f"unknown --device {device}; auto, cuda, mps or cpu")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise RunError("--device cuda: PyTorch finds no GPU here; --device auto takes what is there")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise RunError("--device mps: PyTorch finds none here; --device auto takes what is there")
-    if kind == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
+    chosen = choose_device(device)
+    if chosen.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
-    settings = SimpleNamespace(device=device)
+    settings = SimpleNamespace(device=str(chosen))
     chosen = init_distributed_device(settings)
     return Process(chosen, settings.rank, settings.local_rank, settings.world_size)

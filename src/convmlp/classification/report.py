@@ -1,16 +1,14 @@
 """What a run shows: learning curves, a confusion matrix, per-class accuracies, pictures with predictions."""
 
 import csv
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 
-from .checkpoints import write_atomically
+from ..figures import new_figure, plain, save_figure
+from ..files import write_atomically
 
 LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
 SHEET_COLUMNS = 8
@@ -39,7 +37,7 @@ def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     """curves.png: losses, accuracies and learning rate over the epochs."""
-    figure = _figure(12, 3.6)
+    figure = new_figure(12, 3.6)
     axes = figure.subplots(1, 3)
     epochs = [row["epoch"] for row in history]
     marker = "o" if len(epochs) < 40 else None
@@ -65,14 +63,14 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         xytext=(0, -14),
         ha="center",
     )
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
     """confusion_matrix.png from counts (true class, predicted class); the colour is the share of the true class."""
     n = len(class_names)
     size = 8 if n > LABELLED_CLASSES else max(4, 2 + 0.42 * n)
-    figure = _figure(size * 1.1, size)
+    figure = new_figure(size * 1.1, size)
     axis = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
@@ -86,14 +84,14 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str
         for row, column in zip(*np.nonzero(confusion), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, confusion[row, column], ha="center", va="center", color=color, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[str]) -> None:
     """predictions.png: images with the predicted class, the mistakes first, in red, with the true class."""
     pictures = sorted(pictures, key=lambda picture: picture.target == picture.prediction)
     rows = -(-len(pictures) // SHEET_COLUMNS)
-    figure = _figure(1.5 * SHEET_COLUMNS, 1.75 * rows)
+    figure = new_figure(1.5 * SHEET_COLUMNS, 1.75 * rows)
     axes = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
@@ -105,7 +103,7 @@ def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[s
         grey = picture.image.shape[-1] == 1
         axis.imshow(picture.image[..., 0] if grey else picture.image, cmap="gray" if grey else None)
         axis.set_title(title, fontsize=8, color="black" if right else "crimson")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
@@ -139,21 +137,5 @@ def _short(name: str) -> str:
 
 
 def _drawn(name: str) -> str:
-    """A class name for a picture, where matplotlib would take dollars for formulas."""
-    return _short(name).replace("$", r"\$")
-
-
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with matplotlib.rc_context({"savefig.facecolor": "white"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # class names in scripts the font lacks
-        write_atomically(path, lambda temporary: figure.savefig(temporary))
-
-
-def to_image(tensor: Any, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """A normalised image tensor, (c, h, w), back to uint8 (h, w, c)."""
-    image = tensor.detach().float().cpu().numpy().transpose(1, 2, 0)
-    return np.clip(np.round((image * np.asarray(std) + np.asarray(mean)) * 255), 0, 255).astype(np.uint8)
+    """A class name for a figure."""
+    return plain(_short(name))

@@ -14,10 +14,10 @@ from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
 from ..errors import RunError, suggest
+from ..pictures import EXTENSIONS
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
 N_HELD_OUT_DIGITS = 360
 
@@ -182,7 +182,7 @@ def _folder_source(options: Any, split: str) -> ReaderSource:
             f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
             f"and --val-split"
         )
-    settings = {"input_key": ";".join(IMAGE_EXTENSIONS)} if path.is_dir() else {}
+    settings = {"input_key": ";".join(EXTENSIONS)} if path.is_dir() else {}
     try:
         reader = create_reader("", str(path), class_map=options.class_map, **settings)
     except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError) as error:

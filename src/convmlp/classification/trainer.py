@@ -16,8 +16,8 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import __version__
+from ..devices import autocast, resolve_amp_dtype
 from ..errors import RunError
-from ..precision import autocast, resolve_amp_dtype
 from ..zoo import extract_state_dict, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, write_checkpoint, write_last

@@ -17,9 +17,8 @@ from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
 
+from ..devices import resolve_amp_dtype
 from ..errors import RunError, complain, suggest
-from ..precision import resolve_amp_dtype
-from ..zoo import CheckpointError
 from .checkpoints import find_checkpoints, newest_readable
 from .datasets import Request, leaf_datasets, replace_root
 from .options import parse_options
@@ -59,7 +58,7 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
         else:
             train(cfg, options, script)
         return 0
-    except (RunError, CheckpointError) as error:
+    except RunError as error:
         complain(script, f"error: {error}")
         return 2
     except KeyboardInterrupt:
@@ -177,7 +176,7 @@ def on_main_process(work: Callable[[], Config]) -> Config:
     if is_main_process():
         try:
             result[0] = work()
-        except (RunError, CheckpointError) as error:
+        except RunError as error:
             result[1] = str(error)
     broadcast_object_list(result)
     cfg, complaint = result

@@ -1,0 +1,275 @@
+"""A classifier ready for use: its weights, the names of its classes, and how it takes its pictures."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
+from torch import nn
+
+from . import timm_models  # noqa: F401  (registers our models with timm)
+from .devices import choose_device
+from .errors import RunError, suggest
+from .model import ConvMLP
+from .zoo import (
+    MIRRORS,
+    VARIANTS,
+    CheckpointError,
+    adapt_state_dict,
+    download,
+    extract_state_dict,
+    find_checkpoint,
+    fitting_variant,
+    load_pretrained,
+    read_checkpoint,
+)
+
+_logger = logging.getLogger(__name__)
+
+CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
+SOURCES = ("local-dir:", "hf-hub:")
+
+
+@dataclass
+class Classifier:
+    """A model in evaluation mode with what its inputs and outputs mean.
+
+    `name` is timm's, `title` also says which weights these are; `data_config` is timm's: input_size (c, h, w), mean,
+    std, interpolation, crop_pct, crop_mode.
+    """
+
+    name: str
+    model: nn.Module
+    class_names: list[str]
+    data_config: dict[str, Any]
+    device: torch.device
+    title: str
+
+    @property
+    def image_mode(self) -> str:
+        """Pillow's name for the channels that the model takes."""
+        return "L" if self.data_config["input_size"][0] == 1 else "RGB"
+
+    @cached_property
+    def transform(self) -> Any:
+        """From a Pillow image to a normalised tensor, (c, h, w): resize, crop, as in evaluation."""
+        return create_transform(**self.data_config)
+
+    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Pillow images to a batch on the model's device, (b, c, h, w)."""
+        return torch.stack([self.transform(image) for image in images]).to(self.device)
+
+
+def open_classifier(
+    model: str | None = None,
+    checkpoint: str | None = None,
+    pretrained: bool = True,
+    device: str = "auto",
+    img_size: int | None = None,
+    class_map: str | None = None,
+) -> Classifier:
+    """A classifier by the name of its model, by a checkpoint, or both.
+
+    Args:
+        model: Any timm name, ours among them, or a folder as `local-dir:FOLDER`; convmlp_s by default. A training
+            checkpoint knows its model, and bare weights of ours are recognised.
+        checkpoint: A file or URL: of classification.py, or bare weights. Averaged weights are preferred.
+        pretrained: Without a checkpoint, take the published weights; False leaves them random.
+        device: 'auto', 'cuda', 'mps', 'cpu', 'cuda:1', ...
+        img_size: Side of the square that the model sees, in pixels; by default what it was trained with.
+        class_map: Text file of class names, one a line, for weights that do not tell theirs.
+
+    Raises:
+        RunError, CheckpointError: an unknown name, or weights that cannot be had or do not fit.
+    """
+    chosen = choose_device(device)
+    if img_size is not None and img_size < 32:
+        raise RunError(f"--img-size is 32 px or more, got {img_size}")
+    if checkpoint is None:
+        name = model or "convmlp_s"
+        network = create_by_name(name, pretrained)
+        about: dict[str, Any] = {}
+        title = name if pretrained else f"{name} (random weights)"
+    else:
+        name, network, about = _load(model, checkpoint)
+        title = f"{name} of {checkpoint}"
+    class_names = about.get("class_names") or _class_names(network)
+    if class_map:
+        given = _read_lines(class_map)
+        if len(given) != len(class_names):
+            raise RunError(f"{class_map} names {len(given)} classes, {checkpoint or name} has {len(class_names)}")
+        class_names = given
+    config = about.get("data_config") or resolve_data_config({}, model=network)
+    if img_size:
+        config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
+    return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title)
+
+
+def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
+    """A classifier by one text, the name of a model or a checkpoint; other arguments as for `open_classifier`."""
+    path = Path(model_or_checkpoint)
+    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "://" in model_or_checkpoint:
+        return open_classifier(checkpoint=model_or_checkpoint, **settings)
+    return open_classifier(model_or_checkpoint, **settings)
+
+
+def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str, Any]]:
+    """The model of a checkpoint, and what else the checkpoint says: class_names, data_config, args."""
+    path = find_checkpoint(checkpoint)
+    content = read_checkpoint(path)
+    weights = extract_state_dict(content, name=str(path))
+    about = content if isinstance(content, Mapping) and isinstance(content.get("arch"), str) else {}
+    args = about.get("args") or {}
+    if any(key.startswith("backbone.") for key in weights):
+        raise RunError(f"{path} is a detector or segmentor: name its config too, --config FILE")
+    if about and model and model != about["arch"]:
+        raise RunError(f"{path} is of {about['arch']}, not of --model {model}; it needs no --model")
+    name = model or about.get("arch") or _published_name(path, weights) or fitting_variant(weights)
+    if name is None:
+        raise RunError(f"{path} does not tell its model: --model NAME")
+    check_name("--model", name)
+    settings = {"global_pool": args["gp"]} if args.get("gp") else {}
+    head, first_conv = (weights.get(f"{layer}.weight") for layer in layer_names(name))
+    if head is None:
+        raise RunError(f"{path} holds no head of {name}, so it cannot classify")
+    classes = about.get("class_names")
+    if classes and len(classes) != len(head):
+        raise CheckpointError(f"{path} names {len(classes)} classes, its head has {len(head)}")
+    network = create_by_name(
+        name,
+        num_classes=len(head),
+        in_chans=3 if first_conv is None or first_conv.ndim != 4 else first_conv.shape[1],
+        **settings,
+        **(args.get("model_kwargs") or {}),
+    )
+    load_weights(network, content, str(path))
+    return name, network, about
+
+
+def _published_name(path: Path, weights: Mapping[str, torch.Tensor]) -> str | None:
+    """The timm name of a published file, which says how it was normalised: convmlp_s_cifar10.pth has its own way."""
+    names = [name for variant in VARIANTS for name in timm.list_pretrained(f"{variant}.*")]
+    files = {published_file(name): name for name in names}
+    return files.get(path.name) if fitting_variant(weights) else None
+
+
+def layer_names(name: str) -> tuple[str, str]:
+    """The names of a timm model's head and first convolution; of several heads the first."""
+    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
+    layers = (cfg.classifier or "", cfg.first_conv or "") if cfg else ("head", "")
+    return tuple(layer if isinstance(layer, str) else layer[0] for layer in layers)
+
+
+def _class_names(network: nn.Module) -> list[str]:
+    """The names that a pretrained model's configuration holds, ImageNet's, or numbers."""
+    names = network.pretrained_cfg.get("label_names")
+    if names and len(names) == network.num_classes:
+        return list(names)
+    subset = infer_imagenet_subset(network)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(i) for i in range(info.num_classes())]
+    return [f"class {i}" for i in range(network.num_classes)]
+
+
+def _read_lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")[: -1 or None]
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"cannot read the class names in {path}: {getattr(error, 'strerror', error)}") from error
+
+
+def create_by_name(
+    name: str, pretrained: bool = False, progress: bool = False, option: str = "--model", **settings: Any
+) -> nn.Module:
+    """timm's create_model with one-line errors; our published weights come from any of their mirrors.
+
+    Raises:
+        RunError: an unknown name, or settings that the model does not take.
+        CheckpointError: the published weights cannot be had.
+    """
+    check_name(option, name)
+    urls = [mirror + published_file(name) for mirror in MIRRORS] if pretrained and is_ours(name) else []
+    if pretrained and not urls and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
+        raise RunError(f"{option} {name}: there are no published weights; --checkpoint FILE, or --no-pretrained")
+    if urls:
+        download(urls, progress)
+    try:
+        model = timm.create_model(name, pretrained=pretrained and not urls, **settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of models that are not ours, in a hundred files
+        _logger.debug("creating the model failed", exc_info=True)
+        raise RunError(f"{option} {name}: {' '.join(str(error).split())[:300]}") from error
+    if urls:
+        load_pretrained(model, urls)
+    return model
+
+
+def check_name(option: str, name: str) -> None:
+    """Make sure that timm knows a model, or offer the nearest one it knows."""
+    if name.startswith(SOURCES):
+        return
+    if not timm.is_model(name):
+        raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
+    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    if "." in name and name not in tags:
+        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a timm name is of a published ConvMLP."""
+    return name.split(".")[0].removesuffix("_classification") in VARIANTS
+
+
+def published_file(name: str) -> str:
+    """The file name of a ConvMLP's published weights."""
+    return timm.get_pretrained_cfg(name).url.rpartition("/")[2]
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Any,
+    path: str,
+    use_ema: bool = True,
+    class_names: Sequence[str] | None = None,
+    new_head: bool = False,
+) -> None:
+    """Load a checkpoint that was read from `path`.
+
+    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
+    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    """
+    state_dict = extract_state_dict(checkpoint, use_ema, name=path)
+    about = checkpoint if isinstance(checkpoint, dict) else {}
+    for key in ("mean", "std"):
+        if (about.get("data_config") or {}).get(key):
+            model.pretrained_cfg = {**model.pretrained_cfg, key: about["data_config"][key]}
+
+    classifier = model.pretrained_cfg["classifier"]
+    weight = state_dict.get(f"{classifier}.weight")
+    if (
+        class_names is not None
+        and weight is not None
+        and (len(weight) != len(class_names) or about.get("class_names", class_names) != list(class_names))
+    ):
+        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
+        if len(weight) == len(class_names):
+            message = f"{path} knows other classes ({', '.join(about['class_names'][:3])}, ...) than the data has"
+        if not new_head:
+            raise RunError(message)
+        _logger.warning(f"{message}: the head starts afresh")
+        own = model.state_dict()
+        state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
+    if isinstance(model, ConvMLP):
+        state_dict = adapt_state_dict(state_dict, model, name=path)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error

@@ -1,0 +1,336 @@
+"""The console command `convmlp`: one verb a function. Each imports what it needs when it runs."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+from . import __version__
+from .errors import RunError, suggest
+from .files import check_writable, make_folder, write_atomically
+
+EXIT_CODES = "exit codes: 0 done, 1 some pictures could not be read, 2 a mistake in the call or a file"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RunError(f"{message}; {self.prog} --help")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The verbs with their options; `--help` of each is its manual."""
+    parser = _Parser(
+        prog="convmlp",
+        description="Use ConvMLP, or any model of timm: predict, look inside, export.",
+        epilog=EXIT_CODES,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"convmlp {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int | None], help: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        sub.add_argument("--debug", action="store_true", help="show where an error comes from")
+        return sub
+
+    sub = verb("predict", _predict, "Classify pictures; with --config, detect or segment what is on them.")
+    add = sub.add_argument
+    add("pictures", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
+    add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
+    add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
+    add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
+    add("--topk", type=_positive, default=5, metavar="N", help="how many classes to name (5)")
+    add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
+    add("--score-threshold", type=_share, metavar="P", help="leave out detections below (0.3)")
+    add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
+    add("--batch-size", type=_positive, default=16, metavar="N", help="pictures at once (16)")
+    add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
+    add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
+    add("--save-dir", metavar="DIR", help="draw the result into copies of the pictures")
+    _add_machine(sub)
+
+    sub = verb("visualize", _visualize, "Draw feature maps, class activation maps or first filters of models.")
+    add = sub.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="a picture; filters need none")
+    add("--models", nargs="+", default=["convmlp_s"], metavar="MODEL", help="timm names or checkpoints, a row each")
+    add("--kind", choices=["features", "cam", "filters"], default="features", help="cam is Grad-CAM")
+    add("--class", dest="class_name", metavar="NAME|N", help="what cam looks for; by default what the model finds")
+    add("--out", metavar="FILE", help="by default KIND.png")
+    _add_pretrained(sub)
+    _add_machine(sub)
+
+    sub = verb("export", _export, "Write a model for other programs, and check the file against PyTorch.")
+    add = sub.add_argument
+    add("model", metavar="CHECKPOINT|MODEL", help="a checkpoint, or a timm name")
+    add("--format", default="onnx", metavar="FORMAT", help="onnx, torch-export, torchscript or safetensors")
+    add("--output", metavar="PATH", help="file, or folder for safetensors; by default named by the model")
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--dynamic", action="store_true", help="any batch and image size, not just one image of the model's own size")
+    add("--fold", action="store_true", help="fold BatchNorm into the convolutions")
+    add("--half", action="store_true", help="float16")
+    add("--opset", type=_positive, metavar="N", help="of ONNX; by default PyTorch's")
+    add("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    _add_pretrained(sub)
+
+    sub = verb("info", _info, "Parameters, multiply-adds, activations, published scores; the layers of one model.")
+    add = sub.add_argument
+    add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default all of ours")
+    add("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    add("--layers", action="store_true", help="the layers of several models")
+    add("--depth", type=_positive, default=2, metavar="N", help="how deep into the layers (2)")
+    add("--markdown", action="store_true", help="tables for a README")
+
+    verb("doctor", _doctor, "What is installed, whether it works, and the pip line for what is missing.")
+
+    sub = verb("completion", _completion, "Print what completes this command in a shell.")
+    sub.add_argument("shell", choices=["bash", "zsh", "tcsh"])
+    return parser
+
+
+def _add_machine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    sub.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, else mps, else cpu), or a device")
+
+
+def _add_pretrained(sub: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    sub.add_argument("--pretrained", action=switch, default=True, help="published weights; or random ones")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"lies between 0 and 1, got {text}")
+    return number
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command: exit code 0, 1 if some pictures could not be read, 2 for a mistake in the call or a file."""
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its ten attempts
+    try:
+        options = parse(argv)
+        return options.run(options) or 0
+    except RunError as error:
+        if debug:
+            raise
+        print(f"convmlp: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if debug or not error.name or error.name.startswith("convmlp"):
+            raise
+        module = error.name.partition(".")[0]
+        from .doctor import MODULES
+
+        package = next((p for p, m in MODULES.items() if m == module), module)
+        print(f"convmlp: error: {module} is missing: pip install {package}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("convmlp: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # such as `convmlp predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The options of a call.
+
+    Raises:
+        RunError: an unknown verb or option (the nearest is offered), or a bad value.
+    """
+    parser = build_parser()
+    verbs = next(action for action in parser._actions if action.dest == "verb").choices
+    if argv and not argv[0].startswith("-") and argv[0] not in verbs:
+        raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], verbs) or '; there are ' + ', '.join(verbs)}")
+    options, unknown = parser.parse_known_args(argv)
+    if unknown:
+        names = [name for action in verbs[options.verb]._actions for name in action.option_strings]
+        raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
+    return options
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .pictures import find_pictures, read_picture
+
+    paths = list(dict.fromkeys(path for place in options.pictures for path in find_pictures(place)))
+    for file in (options.json, options.csv):
+        if file and file != "-":
+            check_writable(Path(file))
+    if options.json == options.csv == "-":
+        raise RunError("--json - and --csv - cannot share the screen")
+    if options.save_dir:
+        make_folder(Path(options.save_dir))
+    if options.config:
+        return _predict_objects(options, paths)
+    for name in ("score_threshold", "trust_checkpoint"):
+        if getattr(options, name):
+            raise RunError(f"--{name.replace('_', '-')} is for detection and segmentation: --config FILE")
+
+    from . import predict
+    from .classifier import open_classifier
+
+    classifier = open_classifier(
+        options.model,
+        options.checkpoint,
+        device=options.device,
+        img_size=options.img_size,
+        class_map=options.class_map,
+    )
+    predictions, unreadable = predict.predict(paths, classifier, options.topk, options.batch_size, progress=True)
+    _write(options.json, lambda file: predict.write_json(file, predictions, unreadable))
+    _write(options.csv, lambda file: predict.write_csv(file, predictions))
+    if "-" not in (options.json, options.csv) and predictions:
+        _show(predict.table(predictions))
+    if options.save_dir:
+        names = predict.drawn_names([prediction.path for prediction in predictions])
+        for name, prediction in zip(names, predictions, strict=True):
+            drawn = predict.draw(read_picture(prediction.path), prediction.best)
+            write_atomically(Path(options.save_dir) / name, drawn.save)
+        _say(f"{len(names)} pictures drawn in {options.save_dir}")
+    small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
+    if small:
+        (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
+        _say(f"{len(small)} pictures were enlarged to {side} px, such as {small[0].path}, {width}x{height} px")
+    return _complain(unreadable, len(paths))
+
+
+def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> int:
+    raise NotImplementedError
+
+
+def _visualize(options: argparse.Namespace) -> None:
+    out = Path(options.out or f"{options.kind}.png")
+    check_writable(out)
+    if not options.image and options.kind != "filters":
+        raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE")
+    if options.class_name and options.kind != "cam":
+        raise RunError("--class is for --kind cam")
+
+    from . import visualize
+    from .classifier import open_any
+    from .figures import save_figure
+    from .pictures import read_picture
+
+    image = read_picture(options.image) if options.image else None
+    classifiers = [
+        open_any(model, pretrained=options.pretrained, device=options.device, img_size=options.img_size)
+        for model in options.models
+    ]
+    if options.kind == "filters":
+        figure = visualize.filter_figure(classifiers)
+    elif options.kind == "features":
+        figure = visualize.feature_figure(image, classifiers)
+    else:
+        figure = visualize.cam_figure(image, classifiers, options.class_name)
+    try:
+        save_figure(figure, out)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise RunError(f"--out {out}: {error}") from error
+    _say(f"drawn: {out}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .classifier import open_any
+    from .export import export
+
+    classifier = open_any(options.model, pretrained=options.pretrained, device="cpu", img_size=options.img_size)
+    report = export(
+        classifier,
+        options.output and Path(options.output),
+        options.format,
+        dynamic=options.dynamic,
+        fold=options.fold,
+        half=options.half,
+        opset=options.opset,
+        overwrite=options.overwrite,
+    )
+    _say(str(report))
+
+
+def _info(options: argparse.Namespace) -> None:
+    from . import info
+    from .classifier import open_any
+
+    rows = []
+    for model in options.models or info.OURS:
+        classifier = open_any(model, pretrained=False, device="cpu", img_size=options.img_size)
+        size = classifier.data_config["input_size"]
+        rows.append((model, info.measure(classifier.model, size), size[-1]))
+    if options.layers or len(options.models) == 1:
+        for name, cost, _ in rows:
+            _show(info.layer_table(cost, options.depth, options.markdown), f"{name}:" if len(rows) > 1 else "")
+    _show(info.cost_table(rows, options.markdown))
+    if not options.models:
+        _show(info.downstream_table(options.markdown))
+        print("Scores as published by the paper: top-1 in per cent; COCO box and mask AP; ADE20K mIoU.")
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from . import doctor
+
+    healthy, missing = True, False
+    for title, findings in doctor.examine():
+        print(f"{title}")
+        for finding in findings:
+            mend = f"  ->  {finding.mend}" if finding.mend and finding.state != doctor.GOOD else ""
+            print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{mend}")
+            healthy &= finding.state != doctor.BROKEN
+            missing |= finding.state == doctor.MISSING
+    what_works = "what is missing is needed only for what its title says" if missing else "everything is there"
+    print(f"healthy: {what_works}" if healthy else "not healthy: see BROKEN above")
+    return 0 if healthy else 1
+
+
+def _completion(options: argparse.Namespace) -> None:
+    import shtab
+
+    print(shtab.complete(build_parser(), options.shell))
+
+
+def _write(place: str | None, write: Callable[[TextIO], None]) -> None:
+    """Write a result into a file, or onto the screen if that is what `place` says."""
+    if place == "-":
+        write(sys.stdout)
+    elif place:
+
+        def fill(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                write(file)
+
+        write_atomically(Path(place), fill)
+        _say(f"written: {place}")
+
+
+def _complain(unreadable: Sequence[Exception], n_pictures: int) -> int:
+    """Name the pictures that could not be read; the exit code."""
+    for error in unreadable:
+        _say(f"skipped: {error}")
+    if unreadable:
+        _say(f"{len(unreadable)} of {n_pictures} pictures could not be read")
+    return 1 if unreadable else 0
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _show(table: Any, title: str = "") -> None:
+    """Print a table of rich, never narrower than its content where nobody looks at a terminal."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 400
+    Console(width=width, highlight=False).print(*filter(None, [title, table]), sep="\n")

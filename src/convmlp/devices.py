@@ -1,0 +1,47 @@
+"""Devices: which one to take, and the type that mixed precision computes in there."""
+
+import re
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from .errors import RunError
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' (cuda, else mps, else cpu) or a device by name.
+
+    Raises:
+        RunError: there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):
+        raise RunError(f"unknown --device {name}; auto, cuda, mps or cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RunError(f"--device {name}: PyTorch finds no GPU here; --device auto takes what is there")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise RunError("--device mps: PyTorch finds none here; --device auto takes what is there")
+    return device
+
+
+def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
+    """The type for mixed precision: bfloat16 where the device has it natively, else float16; None: float32 alone."""
+    if choice != "auto":
+        return getattr(torch, choice)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        native = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+        return torch.bfloat16 if native else None
+    return torch.bfloat16
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
+    """Mixed precision, or nothing."""
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)

@@ -1,0 +1,168 @@
+"""What is installed, whether it works together, and what to type if not. `convmlp doctor`."""
+
+import importlib
+import logging
+import os
+import platform
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.requirements import Requirement
+
+PACKAGE = "convmlp"
+GROUPS = {
+    "timm": "training classifiers",
+    "tools": "predict, visualize, export",
+    "openmmlab": "detection and segmentation",
+}
+MODULES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "grad-cam": "pytorch_grad_cam",
+    "onedl-mmcv": "mmcv",
+    "onedl-mmengine": "mmengine",
+    "onedl-mmdetection": "mmdet",
+    "onedl-mmsegmentation": "mmseg",
+}
+# Packages that bring the same modules
+RIVALS = {
+    "onedl-mmcv": ("mmcv", "mmcv-lite", "mmcv-full"),
+    "onedl-mmengine": ("mmengine", "mmengine-lite"),
+    "onedl-mmdetection": ("mmdet",),
+    "onedl-mmsegmentation": ("mmsegmentation",),
+}
+GOOD, MISSING, BROKEN = "ok", "missing", "BROKEN"
+
+
+class Finding(NamedTuple):
+    """Something looked at: what, how it is ("ok", "missing" or "BROKEN"), in detail, and the line that mends it."""
+
+    subject: str
+    state: str
+    detail: str
+    mend: str = ""
+
+
+def examine() -> Iterator[tuple[str, list[Finding]]]:
+    """The parts of an installation, one after another: a title, and what was found."""
+    yield "machine", _machine()
+    requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
+    base = [r for r in requirements if not r.marker or "extra" not in str(r.marker)]
+    yield "models", [*(_package(r) for r in base), _try("torchvision works with this PyTorch", _use_torchvision)]
+    for extra, purpose in GROUPS.items():
+        own = [r for r in requirements if r.marker and f'extra == "{extra}"' in str(r.marker) and r.name != PACKAGE]
+        findings = [_package(r) for r in own]
+        if extra == "openmmlab" and not any(finding.state == MISSING for finding in findings):
+            findings.append(_try("operators of mmcv", _operators))
+        yield f"{purpose} [{extra}]", findings
+    yield "published weights", _weights()
+
+
+def _machine() -> list[Finding]:
+    findings = [Finding("Python", GOOD, f"{platform.python_version()} on {platform.platform(terse=True)}")]
+    try:
+        import torch
+
+        from .devices import resolve_amp_dtype
+    except Exception as error:
+        return [*findings, Finding("devices", BROKEN, f"PyTorch cannot be imported: {error}", "pip install torch")]
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    devices = {f"cuda:{i}": name for i, name in enumerate(names)}
+    if torch.backends.mps.is_available():
+        devices["mps"] = "Apple GPU"
+    devices["cpu"] = f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
+    for device, description in devices.items():
+        dtype = resolve_amp_dtype("auto", torch.device(device))
+        amp = f"mixed precision in {str(dtype).removeprefix('torch.')}" if dtype else "float32 only"
+        findings.append(Finding(device, GOOD, f"{description}; {amp}"))
+    if not names and torch.version.cuda and Path("/proc/driver/nvidia").exists():
+        detail = f"an NVIDIA driver is there, but PyTorch (CUDA {torch.version.cuda}) finds no GPU"
+        findings.append(Finding("cuda", BROKEN, detail, "nvidia-smi  # is the driver new enough?"))
+    return findings
+
+
+def _package(requirement: Requirement) -> Finding:
+    """Whether a package is there, in the version asked for, and can be imported."""
+    name = requirement.name
+    mend = f"pip install '{_plain(requirement)}'"
+    rivals = [rival for rival in RIVALS.get(name, ()) if _version(rival)]
+    version = _version(name)
+    if version and rivals:
+        both = " ".join([name, *rivals])
+        detail = f"{name} and {rivals[0]} bring the same modules"
+        return Finding(name, BROKEN, detail, f"pip uninstall -y {both} && {mend}")
+    if rivals:
+        name, version = rivals[0], _version(rivals[0])
+    elif not version:
+        return Finding(name, MISSING, "", mend)
+    elif not requirement.specifier.contains(version, prereleases=True):
+        return Finding(name, BROKEN, f"{version}, but {requirement.specifier} is needed", mend)
+    module = MODULES.get(requirement.name, requirement.name.replace("-", "_"))
+    if module in ("mmdet", "mmseg"):  # they need the operators, which are looked at next
+        return Finding(name, GOOD, version)
+    finding = _try(name, lambda: importlib.import_module(module) and version, mend)
+    return finding
+
+
+def _plain(requirement: Requirement) -> str:
+    return f"{requirement.name}{requirement.specifier}"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _try(subject: str, use: Callable[[], str], mend: str = "") -> Finding:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return Finding(subject, GOOD, use())
+        except Exception as error:  # whatever a broken installation raises
+            reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:160]
+            return Finding(subject, BROKEN, reason, mend)
+
+
+def _use_torchvision() -> str:
+    import torch
+    from torchvision.ops import nms
+
+    nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    return "yes"
+
+
+def _operators() -> str:
+    """mmdet and mmseg import, and where mmcv's operators come from."""
+    logging.disable(logging.INFO)  # what is said below
+    try:
+        for module in (f"{PACKAGE}.openmmlab", "mmcv.ops", "mmdet.models", "mmseg.models"):
+            importlib.import_module(module)
+    finally:
+        logging.disable(logging.NOTSET)
+    if getattr(sys.modules["mmcv._ext"], "__file__", None):
+        return "compiled (mmcv._ext)"
+    return "torchvision's in the place of mmcv._ext: NMS, soft-NMS, RoIAlign, focal loss"
+
+
+def _weights() -> list[Finding]:
+    import torch
+
+    from .zoo import VARIANTS, checkpoint_urls
+
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    findings = []
+    for variant in VARIANTS:
+        path = folder / checkpoint_urls(variant)[0].rpartition("/")[2]
+        detail = f"{path}, {path.stat().st_size / 1e6:.0f} MB" if path.exists() else "downloaded when first used"
+        findings.append(Finding(variant, GOOD, detail))
+    if folder.exists() and not os.access(folder, os.W_OK):
+        findings.append(Finding("cache", BROKEN, f"{folder} cannot be written", "export TORCH_HOME=..."))
+    return findings

@@ -1,0 +1,167 @@
+"""What models cost and score: parameters, multiply-adds, activations, layers, published figures. `convmlp info`."""
+
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .zoo import PURE_MLPS, VARIANTS
+
+OURS = (*VARIANTS, *PURE_MLPS)
+
+# As published by the paper: top-1 in per cent; box AP, mask AP and mIoU
+PUBLISHED = {
+    "convmlp_s": {"ImageNet": 76.8, "CIFAR-10": 98.0, "CIFAR-100": 87.4, "Flowers-102": 99.5},
+    "convmlp_m": {"ImageNet": 79.0, "CIFAR-10": 98.6, "CIFAR-100": 89.1, "Flowers-102": 99.5},
+    "convmlp_l": {"ImageNet": 80.2, "CIFAR-10": 98.6, "CIFAR-100": 88.6, "Flowers-102": 99.5},
+}
+DOWNSTREAM = {
+    "convmlp_s": {"RetinaNet box AP": 37.2, "Mask R-CNN box AP": 38.4, "mask AP": 35.7, "Semantic FPN mIoU": 35.8},
+    "convmlp_m": {"RetinaNet box AP": 39.4, "Mask R-CNN box AP": 40.6, "mask AP": 37.2, "Semantic FPN mIoU": 38.6},
+    "convmlp_l": {"RetinaNet box AP": 40.2, "Mask R-CNN box AP": 41.7, "mask AP": 38.2, "Semantic FPN mIoU": 40.0},
+}
+
+
+class Layer(NamedTuple):
+    """A part of a model: its name and class, the shape of what it gives, its stride, parameters and multiply-adds.
+
+    `depth` counts the parts around it; `stride` is None where the output is no map.
+    """
+
+    name: str
+    kind: str
+    depth: int
+    shape: tuple[int, ...]
+    stride: int | None
+    parameters: int
+    macs: int
+
+
+class Cost(NamedTuple):
+    """What one image costs a model: counts of parameters, multiply-adds, and activations.
+
+    Activations are the values that convolutions and matrix products give, as Radosavovic et al. 2020 count them.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+    layers: list[Layer]
+
+
+@torch.inference_mode()
+def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
+    """Run a model once on an image of zeros, (c, h, w), and count."""
+    model.eval()
+    device = next(model.parameters()).device
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def remember(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
+        return hook
+
+    def outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return prod(out_shape)
+
+    hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]
+    values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, outputs))
+    operations = FlopCounterMode(display=False)
+    try:
+        with values, operations:
+            model(torch.zeros(1, *input_size, device=device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    root = type(model).__name__
+    counts = operations.get_flop_counts()
+    layers = []
+    for name, module in model.named_modules():
+        parameters = count_parameters(module)
+        if name in shapes and parameters:
+            parents = [name.rpartition(".")[0]]
+            while parents[-1]:
+                parents.append(parents[-1].rpartition(".")[0])
+            layers.append(
+                Layer(
+                    name,
+                    type(module).__name__,
+                    sum(parent in shapes for parent in parents),
+                    shapes[name][1:],
+                    _stride(shapes[name], input_size),
+                    parameters,
+                    sum(counts.get(f"{root}.{name}", {}).values()) // 2,
+                )
+            )
+    return Cost(count_parameters(model), operations.get_total_flops() // 2, values.get_total_flops(), layers)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _stride(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int | None:
+    """Of a map, (1, c, h, w) or (1, h, w, c), from a square image."""
+    if len(shape) != 4:
+        return None
+    side = shape[2] if shape[2] == shape[3] else shape[1]
+    return round(input_size[1] / side)
+
+
+def cost_table(models: list[tuple[str, Cost, int]], markdown: bool = False) -> Table:
+    """A row a model: (name, cost, input size in pixels)."""
+    scores = list(next(iter(PUBLISHED.values()))) if any(_known(name) in PUBLISHED for name, _, _ in models) else []
+    table = _table(["model", "parameters", "MACs", "activations", "input", *scores], markdown)
+    for name, cost, size in models:
+        published = PUBLISHED.get(_known(name), {})
+        table.add_row(
+            name,
+            grouped(cost.parameters),
+            f"{cost.macs / 1e9:.3f} G",
+            f"{cost.activations / 1e6:.2f} M",
+            f"{size} px",
+            *(f"{published[score]:.1f}" if score in published else "" for score in scores),
+        )
+    return table
+
+
+def downstream_table(markdown: bool = False) -> Table:
+    """The paper's scores in detection and segmentation."""
+    columns = list(next(iter(DOWNSTREAM.values())))
+    table = _table(["backbone", *columns], markdown)
+    for name, scores in DOWNSTREAM.items():
+        table.add_row(name, *(f"{scores[column]:.1f}" for column in columns))
+    return table
+
+
+def layer_table(cost: Cost, depth: int, markdown: bool = False) -> Table:
+    """The layers of a model down to a depth, 1 for its outermost parts."""
+    table = _table(["layer", "kind", "output", "stride", "parameters", "MACs"], markdown)
+    for layer in cost.layers:
+        if layer.depth <= depth:
+            shape = " x ".join(map(str, layer.shape))
+            stride = str(layer.stride or "")
+            macs = f"{layer.macs / 1e6:.1f} M"
+            table.add_row(layer.name, layer.kind, shape, stride, grouped(layer.parameters), macs)
+    return table
+
+
+def _known(name: str) -> str:
+    return name.removesuffix("_classification").removesuffix(".in1k")
+
+
+def _table(columns: list[str], markdown: bool) -> Table:
+    table = Table(box=box.MARKDOWN if markdown else box.SIMPLE)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def grouped(number: int) -> str:
+    """9022920 as 9 022 920."""
+    return f"{number:,}".replace(",", " ")

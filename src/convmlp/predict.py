@@ -1,0 +1,157 @@
+"""Classes of pictures: `convmlp predict`.
+
+from convmlp.classifier import open_classifier
+from convmlp.predict import predict
+
+predictions, unreadable = predict(["cat.jpg"], open_classifier("convmlp_s"))
+print(predictions[0].best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
+"""
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from tqdm import tqdm
+
+from .classifier import Classifier
+from .pictures import UnreadablePicture, read_picture
+
+SMALLEST_DRAWN, LARGEST_DRAWN = 384, 1280  # pixels; labels would cover a small picture
+SMALLEST_SEEN = 32
+
+
+class Guess(NamedTuple):
+    """A class with its probability, 0 to 1."""
+
+    index: int
+    name: str
+    probability: float
+
+
+class Prediction(NamedTuple):
+    """A picture, its size (width, height) in pixels, and its most probable classes, the best first."""
+
+    path: Path
+    size: tuple[int, int]
+    best: list[Guess]
+
+
+def predict(
+    paths: Sequence[str | Path], classifier: Classifier, topk: int = 5, batch_size: int = 16, progress: bool = False
+) -> tuple[list[Prediction], list[UnreadablePicture]]:
+    """Classify pictures as evaluation would: resized, cropped and normalised in the way of the classifier.
+
+    Args:
+        paths: Files in any format that Pillow reads.
+        classifier: See `open_classifier`.
+        topk: How many classes to name.
+        batch_size: How many pictures the model sees at once.
+        progress: Show a bar on a terminal.
+
+    Returns:
+        What was found, in the order of `paths`, and what could not be read.
+    """
+    predictions: list[Prediction] = []
+    unreadable: list[UnreadablePicture] = []
+    bar = tqdm(total=len(paths), unit="picture", leave=False, disable=None if progress and len(paths) > 1 else True)
+    with bar:
+        for names in _batches(paths, batch_size):
+            images = []
+            for name in names:
+                try:
+                    images.append((Path(name), read_picture(name, classifier.image_mode)))
+                except UnreadablePicture as error:
+                    unreadable.append(error)
+            if images:
+                probabilities = classify([image for _, image in images], classifier)
+                values, indices = probabilities.topk(min(topk, probabilities.shape[1]))
+                for (path, image), row, index in zip(images, values.tolist(), indices.tolist(), strict=True):
+                    best = [Guess(i, classifier.class_names[i], p) for i, p in zip(index, row, strict=True)]
+                    predictions.append(Prediction(path, image.size, best))
+            bar.update(len(names))
+    return predictions, unreadable
+
+
+@torch.inference_mode()
+def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Tensor:
+    """Probabilities of Pillow images, (b, classes), float32 on the CPU."""
+    return classifier.model(classifier.preprocess(images)).float().softmax(1).cpu()
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def table(predictions: Iterable[Prediction]) -> Table:
+    """A line for each class of each picture."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("picture", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    for prediction in predictions:
+        for rank, guess in enumerate(prediction.best):
+            name = "" if rank else str(prediction.path)
+            table.add_row(escape(name), escape(guess.name), f"{100 * guess.probability:.1f} %")
+    return table
+
+
+def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
+    """The picture with its classes below it, each over a bar as long as it is probable."""
+    factor = max(1, math.ceil(SMALLEST_DRAWN / min(image.size)))
+    factor = min(factor, LARGEST_DRAWN / max(image.size))
+    size = [max(1, round(side * factor)) for side in image.size]
+    image = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
+    width = max(image.width, SMALLEST_DRAWN)
+    line = width // 20
+    font = ImageFont.load_default(line * 0.62)
+    sheet = Image.new("RGB", (width, image.height + line * len(best) + line // 2), "white")
+    sheet.paste(image, ((width - image.width) // 2, 0))
+    pen = ImageDraw.Draw(sheet)
+    for i, guess in enumerate(best):
+        top = image.height + line // 4 + i * line
+        pen.rectangle((0, top + 1, guess.probability * (width - 1), top + line - 2), fill="#bcd9f0")
+        share = f"{100 * guess.probability:.1f} %"
+        right = width - line // 3 - pen.textlength(share, font)
+        pen.text((right, top + line / 2), share, "black", font, anchor="lm")
+        name = guess.name
+        while pen.textlength(name, font) > right - line:
+            name = name.rstrip("…")[:-1] + "…"
+        pen.text((line // 3, top + line / 2), name, "black", font, anchor="lm")
+    return sheet
+
+
+def write_json(file: TextIO, predictions: Iterable[Prediction], unreadable: Iterable[UnreadablePicture]) -> None:
+    """A JSON object: "predictions", a list of picture and classes, and "unreadable", a list of messages."""
+    rows = [{"picture": str(p.path), "classes": [guess._asdict() for guess in p.best]} for p in predictions]
+    json.dump({"predictions": rows, "unreadable": [str(e) for e in unreadable]}, file, indent=1, ensure_ascii=False)
+    file.write("\n")
+
+
+def write_csv(file: TextIO, predictions: Iterable[Prediction]) -> None:
+    """A line for each picture and class: picture, rank from 1, index, name, probability."""
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["picture", "rank", *Guess._fields])
+    for prediction in predictions:
+        for rank, guess in enumerate(prediction.best, 1):
+            writer.writerow([prediction.path, rank, guess.index, guess.name, f"{guess.probability:.6f}"])
+
+
+def drawn_names(paths: Sequence[Path]) -> list[str]:
+    """PNG names for drawn pictures, one each: pictures of one name in two folders get their folders' names too."""
+    names = [path.with_suffix("").name for path in paths]
+    depth = 1
+    while len({name.lower() for name in names}) < len(names) and depth < max(len(path.parts) for path in paths):
+        depth += 1
+        names = ["_".join(path.with_suffix("").parts[-depth:]).replace("/", "") for path in paths]
+    if len({name.lower() for name in names}) < len(names):  # a.png and a.jpg
+        names = [f"{name}_{path.suffix.lstrip('.')}" for name, path in zip(names, paths, strict=True)]
+    return [f"{name}.png" for name in names]
