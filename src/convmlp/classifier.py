@@ -17,6 +17,7 @@ from . import timm_models  # noqa: F401  (registers our models with timm)
 from .devices import choose_device
 from .errors import RunError, suggest
 from .model import ConvMLP
+from .pictures import to_mode
 from .zoo import (
     MIRRORS,
     VARIANTS,
@@ -62,7 +63,8 @@ class Classifier:
         return create_transform(**self.data_config)
 
     def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pillow images to a batch on the model's device, (b, c, h, w)."""
+        """Pillow images of any mode to a batch on the model's device, (b, c, h, w)."""
+        images = [image if image.mode == self.image_mode else to_mode(image, self.image_mode) for image in images]
         return torch.stack([self.transform(image) for image in images]).to(self.device)
 
 
@@ -105,7 +107,7 @@ def open_classifier(
         if len(given) != len(class_names):
             raise RunError(f"{class_map} names {len(given)} classes, {checkpoint or name} has {len(class_names)}")
         class_names = given
-    config = about.get("data_config") or resolve_data_config({}, model=network)
+    config = about.get("data_config") or _data_config(network)
     if img_size:
         config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
     return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title)
@@ -157,6 +159,20 @@ def _published_name(path: Path, weights: Mapping[str, torch.Tensor]) -> str | No
     names = [name for variant in VARIANTS for name in timm.list_pretrained(f"{variant}.*")]
     files = {published_file(name): name for name in names}
     return files.get(path.name) if fitting_variant(weights) else None
+
+
+def _data_config(network: nn.Module) -> dict[str, Any]:
+    """timm's, for the channels that the model really has."""
+    first = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
+    chans = first.in_channels if first and first.in_channels in (1, 3) else 3
+    config = resolve_data_config({}, model=network)
+    statistics = {key: per_channel(config[key], chans) for key in ("mean", "std")}
+    return {**config, **statistics, "input_size": (chans, *config["input_size"][1:])}
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """As many values as channels, if need be their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
 
 
 def layer_names(name: str) -> tuple[str, str]:

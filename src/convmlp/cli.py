@@ -43,11 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
     add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
-    add("--topk", type=_positive, default=5, metavar="N", help="how many classes to name (5)")
+    add("--topk", type=_positive, metavar="N", help="how many classes to name (5)")
     add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
     add("--score-threshold", type=_share, metavar="P", help="leave out detections below (0.3)")
     add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
-    add("--batch-size", type=_positive, default=16, metavar="N", help="pictures at once (16)")
+    add("--batch-size", type=_positive, metavar="N", help="pictures at once (16)")
     add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
     add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
     add("--save-dir", metavar="DIR", help="draw the result into copies of the pictures")
@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub = verb("export", _export, "Write a model for other programs, and check the file against PyTorch.")
     add = sub.add_argument
     add("model", metavar="CHECKPOINT|MODEL", help="a checkpoint, or a timm name")
-    add("--format", default="onnx", metavar="FORMAT", help="onnx, torch-export, torchscript or safetensors")
+    add("--format", choices=["onnx", "torch-export", "torchscript", "safetensors"], default="onnx")
     add("--output", metavar="PATH", help="file, or folder for safetensors; by default named by the model")
     add("--overwrite", action="store_true", help="replace what is there")
     add("--dynamic", action="store_true", help="any batch and image size, not just one image of the model's own size")
@@ -164,7 +164,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _predict(options: argparse.Namespace) -> int:
-    from .pictures import find_pictures, read_picture
+    from .pictures import find_pictures
 
     paths = list(dict.fromkeys(path for place in options.pictures for path in find_pictures(place)))
     for file in (options.json, options.csv):
@@ -174,14 +174,33 @@ def _predict(options: argparse.Namespace) -> int:
         raise RunError("--json - and --csv - cannot share the screen")
     if options.save_dir:
         make_folder(Path(options.save_dir))
-    if options.config:
-        return _predict_objects(options, paths)
-    for name in ("score_threshold", "trust_checkpoint"):
-        if getattr(options, name):
-            raise RunError(f"--{name.replace('_', '-')} is for detection and segmentation: --config FILE")
+    rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths)
+
+    from . import results
+
+    _write(options.json, lambda file: results.write_json(file, rows, unreadable))
+    _write(options.csv, lambda file: results.write_csv(file, rows))
+    if "-" not in (options.json, options.csv) and rows:
+        _show(results.make_table(rows))
+    if options.save_dir:
+        _say(f"{len(rows)} pictures drawn in {options.save_dir}")
+    for error in unreadable:
+        _say(f"skipped: {error}")
+    if unreadable:
+        _say(f"{len(unreadable)} of {len(paths)} pictures could not be read")
+    return 1 if unreadable else 0
+
+
+Found = tuple[list[dict[str, Any]], list[Exception]]
+
+
+def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
+    _refuse(options, ("score_threshold", "trust_checkpoint"), "is for detection and segmentation: --config FILE")
 
     from . import predict
     from .classifier import open_classifier
+    from .pictures import read_picture
+    from .results import drawn_names
 
     classifier = open_classifier(
         options.model,
@@ -190,26 +209,54 @@ def _predict(options: argparse.Namespace) -> int:
         img_size=options.img_size,
         class_map=options.class_map,
     )
-    predictions, unreadable = predict.predict(paths, classifier, options.topk, options.batch_size, progress=True)
-    _write(options.json, lambda file: predict.write_json(file, predictions, unreadable))
-    _write(options.csv, lambda file: predict.write_csv(file, predictions))
-    if "-" not in (options.json, options.csv) and predictions:
-        _show(predict.table(predictions))
+    topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
+    predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
     if options.save_dir:
-        names = predict.drawn_names([prediction.path for prediction in predictions])
+        names = drawn_names([prediction.path for prediction in predictions])
         for name, prediction in zip(names, predictions, strict=True):
             drawn = predict.draw(read_picture(prediction.path), prediction.best)
             write_atomically(Path(options.save_dir) / name, drawn.save)
-        _say(f"{len(names)} pictures drawn in {options.save_dir}")
     small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
     if small:
         (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
         _say(f"{len(small)} pictures were enlarged to {side} px, such as {small[0].path}, {width}x{height} px")
-    return _complain(unreadable, len(paths))
+    return [prediction.row() for prediction in predictions], unreadable
 
 
-def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> int:
-    raise NotImplementedError
+def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
+    _refuse(options, ("model", "class_map", "img_size", "topk", "batch_size"), "is for classifiers, not for --config")
+    if not options.checkpoint:
+        raise RunError("--config needs the trained weights: --checkpoint FILE")
+
+    from tqdm import tqdm
+
+    from .openmmlab import inference
+    from .pictures import UnreadablePicture, read_picture
+    from .results import drawn_names
+
+    model = inference.open_model(options.config, options.checkpoint, options.device, options.trust_checkpoint)
+    threshold = inference.SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
+    rows, unreadable = [], []
+    hidden = None if len(paths) > 1 else True
+    for path, name in zip(tqdm(paths, unit="picture", leave=False, disable=hidden), drawn_names(paths), strict=True):
+        try:
+            image = read_picture(path)
+        except UnreadablePicture as error:
+            unreadable.append(error)
+            continue
+        result = inference.predict(model, [image])[0]
+        rows.append({"picture": str(path), **inference.to_json(result, model.class_names, threshold)})
+        if options.save_dir:
+            drawn = inference.draw(model, image, result, threshold)
+            write_atomically(Path(options.save_dir) / name, drawn.save)
+    return rows, unreadable
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Options that would change nothing are mistakes."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise RunError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _visualize(options: argparse.Namespace) -> None:
@@ -245,12 +292,12 @@ def _visualize(options: argparse.Namespace) -> None:
 
 def _export(options: argparse.Namespace) -> None:
     from .classifier import open_any
-    from .export import export
+    from .export import SUFFIXES, export
 
     classifier = open_any(options.model, pretrained=options.pretrained, device="cpu", img_size=options.img_size)
     report = export(
         classifier,
-        options.output and Path(options.output),
+        options.output or f"{classifier.name}{SUFFIXES[options.format]}",
         options.format,
         dynamic=options.dynamic,
         fold=options.fold,
@@ -258,7 +305,11 @@ def _export(options: argparse.Namespace) -> None:
         opset=options.opset,
         overwrite=options.overwrite,
     )
-    _say(str(report))
+    shapes = ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(report.shapes))
+    dtype = str(report.dtype).removeprefix("torch.")
+    _say(f"written: {report.path} ({report.size / 1e6:.1f} MB, {dtype})")
+    _say(f"compared with PyTorch on {shapes} (batch x height x width): logits differ by at most")
+    _say(f"{report.absolute:.1e}, {report.relative:.1e} of the largest")
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -313,15 +364,6 @@ def _write(place: str | None, write: Callable[[TextIO], None]) -> None:
 
         write_atomically(Path(place), fill)
         _say(f"written: {place}")
-
-
-def _complain(unreadable: Sequence[Exception], n_pictures: int) -> int:
-    """Name the pictures that could not be read; the exit code."""
-    for error in unreadable:
-        _say(f"skipped: {error}")
-    if unreadable:
-        _say(f"{len(unreadable)} of {n_pictures} pictures could not be read")
-    return 1 if unreadable else 0
 
 
 def _say(message: str) -> None:

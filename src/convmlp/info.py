@@ -29,7 +29,7 @@ DOWNSTREAM = {
 class Layer(NamedTuple):
     """A part of a model: its name and class, the shape of what it gives, its stride, parameters and multiply-adds.
 
-    `depth` counts the parts around it; `stride` is None where the output is no map.
+    `depth` is 1 for the outermost parts; `stride` is None where the output is no map.
     """
 
     name: str
@@ -91,7 +91,7 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
                 Layer(
                     name,
                     type(module).__name__,
-                    sum(parent in shapes for parent in parents),
+                    1 + sum(parent in shapes for parent in parents),
                     shapes[name][1:],
                     _stride(shapes[name], input_size),
                     parameters,

@@ -1,6 +1,7 @@
 """Pictures from files: which ones a path names, and every kind of them as plain RGB or grey."""
 
 import glob
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,11 @@ def read_picture(path: str | Path, mode: str = "RGB") -> Image.Image:
         UnreadablePicture: it is missing, no picture, damaged, or too large to be an honest one.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_mode(ImageOps.exif_transpose(image), mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd EXIF entries, and of pictures that are merely large
+            with Image.open(path) as image:
+                image.load()
+                return to_mode(ImageOps.exif_transpose(image), mode)
     except Image.DecompressionBombError as error:
         raise UnreadablePicture(f"{path}: {error}") from error
     except Exception as error:  # Pillow's plugins raise whatever their formats provoke

@@ -7,18 +7,13 @@ predictions, unreadable = predict(["cat.jpg"], open_classifier("convmlp_s"))
 print(predictions[0].best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
 """
 
-import csv
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from rich import box
-from rich.markup import escape
-from rich.table import Table
 from tqdm import tqdm
 
 from .classifier import Classifier
@@ -26,6 +21,7 @@ from .pictures import UnreadablePicture, read_picture
 
 SMALLEST_DRAWN, LARGEST_DRAWN = 384, 1280  # pixels; labels would cover a small picture
 SMALLEST_SEEN = 32
+TOPK, BATCH_SIZE = 5, 16
 
 
 class Guess(NamedTuple):
@@ -43,9 +39,17 @@ class Prediction(NamedTuple):
     size: tuple[int, int]
     best: list[Guess]
 
+    def row(self) -> dict[str, Any]:
+        """In plain values, see `results`."""
+        return {"picture": str(self.path), "classes": [guess._asdict() for guess in self.best]}
+
 
 def predict(
-    paths: Sequence[str | Path], classifier: Classifier, topk: int = 5, batch_size: int = 16, progress: bool = False
+    paths: Sequence[str | Path],
+    classifier: Classifier,
+    topk: int = TOPK,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
 ) -> tuple[list[Prediction], list[UnreadablePicture]]:
     """Classify pictures as evaluation would: resized, cropped and normalised in the way of the classifier.
 
@@ -91,19 +95,6 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield items[start : start + size]
 
 
-def table(predictions: Iterable[Prediction]) -> Table:
-    """A line for each class of each picture."""
-    table = Table(box=box.SIMPLE)
-    table.add_column("picture", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability", justify="right", no_wrap=True)
-    for prediction in predictions:
-        for rank, guess in enumerate(prediction.best):
-            name = "" if rank else str(prediction.path)
-            table.add_row(escape(name), escape(guess.name), f"{100 * guess.probability:.1f} %")
-    return table
-
-
 def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
     """The picture with its classes below it, each over a bar as long as it is probable."""
     factor = max(1, math.ceil(SMALLEST_DRAWN / min(image.size)))
@@ -127,31 +118,3 @@ def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
             name = name.rstrip("…")[:-1] + "…"
         pen.text((line // 3, top + line / 2), name, "black", font, anchor="lm")
     return sheet
-
-
-def write_json(file: TextIO, predictions: Iterable[Prediction], unreadable: Iterable[UnreadablePicture]) -> None:
-    """A JSON object: "predictions", a list of picture and classes, and "unreadable", a list of messages."""
-    rows = [{"picture": str(p.path), "classes": [guess._asdict() for guess in p.best]} for p in predictions]
-    json.dump({"predictions": rows, "unreadable": [str(e) for e in unreadable]}, file, indent=1, ensure_ascii=False)
-    file.write("\n")
-
-
-def write_csv(file: TextIO, predictions: Iterable[Prediction]) -> None:
-    """A line for each picture and class: picture, rank from 1, index, name, probability."""
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["picture", "rank", *Guess._fields])
-    for prediction in predictions:
-        for rank, guess in enumerate(prediction.best, 1):
-            writer.writerow([prediction.path, rank, guess.index, guess.name, f"{guess.probability:.6f}"])
-
-
-def drawn_names(paths: Sequence[Path]) -> list[str]:
-    """PNG names for drawn pictures, one each: pictures of one name in two folders get their folders' names too."""
-    names = [path.with_suffix("").name for path in paths]
-    depth = 1
-    while len({name.lower() for name in names}) < len(names) and depth < max(len(path.parts) for path in paths):
-        depth += 1
-        names = ["_".join(path.with_suffix("").parts[-depth:]).replace("/", "") for path in paths]
-    if len({name.lower() for name in names}) < len(names):  # a.png and a.jpg
-        names = [f"{name}_{path.suffix.lstrip('.')}" for name, path in zip(names, paths, strict=True)]
-    return [f"{name}.png" for name in names]

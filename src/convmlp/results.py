@@ -1,0 +1,77 @@
+"""What was found on pictures as a table, JSON and CSV.
+
+A row is a dict in plain values: "picture", its path, and then a list of what was found on it, the best first; each a
+dict with index, name, one of probability, score and share (0 to 1), and where they apply box (x1, y1, x2, y2 in
+pixels) and mask (COCO's run-length code).
+"""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+Row = dict[str, Any]
+SHARES = ("probability", "score", "share")
+
+
+def make_table(rows: Sequence[Row]) -> Table:
+    """A line for each thing found."""
+    lines = [(row["picture"], found) for row in rows for found in _found(row) or [{}]]
+    measure = next((key for _, found in lines for key in found if key in SHARES), "probability")
+    table = Table(box=box.SIMPLE)
+    table.add_column("picture", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column(measure, justify="right", no_wrap=True)
+    if any("box" in found for _, found in lines):
+        table.add_column("box", no_wrap=True)
+    shown = None
+    for picture, found in lines:
+        share = f"{100 * found[measure]:.1f} %" if found else ""
+        sides = ", ".join(f"{side:.0f}" for side in found.get("box", ()))
+        cells = ["" if picture == shown else escape(picture), escape(found.get("name", "nothing found")), share, sides]
+        table.add_row(*cells[: len(table.columns)])
+        shown = picture
+    return table
+
+
+def write_json(file: TextIO, rows: Sequence[Row], unreadable: Sequence[Exception]) -> None:
+    """An object of two lists: "predictions", the rows, and "unreadable", messages that name the pictures."""
+    content = {"predictions": list(rows), "unreadable": [str(error) for error in unreadable]}
+    json.dump(content, file, indent=1, ensure_ascii=False)
+    file.write("\n")
+
+
+def write_csv(file: TextIO, rows: Sequence[Row]) -> None:
+    """A line for each thing found: picture, rank from 1, index, name, ...; a box as x1, y1, x2, y2; no masks."""
+    lines = []
+    for row in rows:
+        for rank, found in enumerate(_found(row), 1):
+            plain = {key: value for key, value in found.items() if key not in ("box", "mask")}
+            plain |= dict(zip(("x1", "y1", "x2", "y2"), found.get("box", ()), strict=False))
+            lines.append({"picture": row["picture"], "rank": rank, **plain})
+    writer = csv.DictWriter(
+        file, list(lines[0]) if lines else ["picture", "rank", "index", "name"], lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(lines)
+
+
+def _found(row: Row) -> list[dict[str, Any]]:
+    return list(row.values())[-1]
+
+
+def drawn_names(paths: Sequence[Path]) -> list[str]:
+    """PNG names for drawn pictures, one each: pictures of one name in two folders get their folders' names too."""
+    names = [path.stem for path in paths]
+    depth = 1
+    while len({name.lower() for name in names}) < len(names) and depth < max(len(path.parts) for path in paths):
+        depth += 1
+        names = ["_".join(path.with_suffix("").parts[-depth:]).replace("/", "") for path in paths]
+    if len({name.lower() for name in names}) < len(names):  # a.png and a.jpg
+        names = [f"{name}_{path.suffix.lstrip('.')}" for name, path in zip(names, paths, strict=True)]
+    return [f"{name}.png" for name in names]
