@@ -124,7 +124,11 @@ def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
 def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str, Any]]:
     """The model of a checkpoint, and what else the checkpoint says: class_names, data_config, args."""
     path = find_checkpoint(checkpoint)
-    content = read_checkpoint(path)
+    try:
+        content = read_checkpoint(path)
+    except CheckpointError as error:
+        hint = "; one of a detector or segmentor needs its --config FILE" if "holds more than" in str(error) else ""
+        raise CheckpointError(f"{error}{hint}") from error
     weights = extract_state_dict(content, name=str(path))
     about = content if isinstance(content, Mapping) and isinstance(content.get("arch"), str) else {}
     args = about.get("args") or {}

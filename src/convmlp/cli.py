@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("image", nargs="?", metavar="IMAGE", help="a picture; filters need none")
     add("--models", nargs="+", default=["convmlp_s"], metavar="MODEL", help="timm names or checkpoints, a row each")
     add("--kind", choices=["features", "cam", "filters"], default="features", help="cam is Grad-CAM")
-    add("--class", dest="class_name", metavar="NAME|N", help="what cam looks for; by default what the model finds")
+    add("--classes", nargs="+", metavar="NAME|N", help="what cam looks for; by default what the model finds")
     add("--out", metavar="FILE", help="by default KIND.png")
     _add_pretrained(sub)
     _add_machine(sub)
@@ -228,10 +228,12 @@ def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
     if not options.checkpoint:
         raise RunError("--config needs the trained weights: --checkpoint FILE")
 
+    from mmengine.logging import MMLogger
     from tqdm import tqdm
 
-    from .openmmlab import inference
-    from .pictures import UnreadablePicture, read_picture
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # its news would stand among the results
+    from .openmmlab import drawing, inference
+    from .pictures import read_picture
     from .results import drawn_names
 
     model = inference.open_model(options.config, options.checkpoint, options.device, options.trust_checkpoint)
@@ -241,13 +243,13 @@ def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
     for path, name in zip(tqdm(paths, unit="picture", leave=False, disable=hidden), drawn_names(paths), strict=True):
         try:
             image = read_picture(path)
-        except UnreadablePicture as error:
+            [result] = inference.predict(model, [image])
+        except RunError as error:
             unreadable.append(error)
             continue
-        result = inference.predict(model, [image])[0]
         rows.append({"picture": str(path), **inference.to_json(result, model.class_names, threshold)})
         if options.save_dir:
-            drawn = inference.draw(model, image, result, threshold)
+            drawn = drawing.draw(model, image, result, threshold)
             write_atomically(Path(options.save_dir) / name, drawn.save)
     return rows, unreadable
 
@@ -264,8 +266,8 @@ def _visualize(options: argparse.Namespace) -> None:
     check_writable(out)
     if not options.image and options.kind != "filters":
         raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE")
-    if options.class_name and options.kind != "cam":
-        raise RunError("--class is for --kind cam")
+    if options.classes and options.kind != "cam":
+        raise RunError("--classes is for --kind cam")
 
     from . import visualize
     from .classifier import open_any
@@ -282,7 +284,7 @@ def _visualize(options: argparse.Namespace) -> None:
     elif options.kind == "features":
         figure = visualize.feature_figure(image, classifiers)
     else:
-        figure = visualize.cam_figure(image, classifiers, options.class_name)
+        figure = visualize.cam_figure(image, classifiers, options.classes or ())
     try:
         save_figure(figure, out)
     except ValueError as error:  # a suffix that matplotlib does not know

@@ -67,7 +67,8 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         return hook
 
     def outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        return prod(out_shape)
+        first = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # attention also gives statistics
+        return prod(first)
 
     hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]
     values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, outputs))

@@ -87,27 +87,29 @@ def _tiles(pictures: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarra
     return sheet
 
 
-def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: str | None = None) -> Figure:
+def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Sequence[str] = ()) -> Figure:
     """Grad-CAM (Selvaraju et al. 2017): where a model looks for a class, red where most; a row a model.
 
     Args:
         image: A Pillow image.
         classifiers: See `open_classifier`.
-        wanted: The name or number of the class to look for; by default the one each model finds.
+        wanted: Names or numbers of the classes to look for; by default the one that each model finds.
     """
-    figure = new_figure(6.4, 3.2 * len(classifiers))
+    columns = 1 + max(1, len(wanted))
+    figure = new_figure(2.7 * columns, 3.1 * len(classifiers))
     rows = np.atleast_1d(figure.subfigures(len(classifiers), 1))
     for row, classifier in zip(rows, classifiers, strict=True):
         probabilities = classify([image], classifier)[0]
-        index = int(probabilities.argmax()) if wanted is None else find_class(classifier, wanted)
-        axes = _row(row, classifier.title, [1, 1])
+        indices = [find_class(classifier, name) for name in wanted] or [int(probabilities.argmax())]
+        axes = _row(row, classifier.title, [1] * columns)
         pixels = _show_input(axes[0], image, classifier)
-        heat_map = activation_map(image, classifier, index)
-        heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
-        axes[1].imshow(0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255)
-        found = "" if heat_map.any() else ": nothing speaks for it"
-        name = f"{classifier.class_names[index][:40]} ({100 * probabilities[index]:.0f} %){found}"
-        axes[1].set_title(plain(name), fontsize=8)
+        for axis, index in zip(axes[1:], indices, strict=True):
+            heat_map = activation_map(image, classifier, index)
+            heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
+            axis.imshow(0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255)
+            found = "" if heat_map.any() else ": nothing speaks for it"
+            name = f"{classifier.class_names[index][:40]} ({100 * probabilities[index]:.0f} %){found}"
+            axis.set_title(plain(name), fontsize=8)
     return figure
 
 

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from ..classifier import SOURCES, check_name, create_by_name, load_weights
+from ..classifier import SOURCES, check_name, create_by_name, load_weights, per_channel
 from ..errors import RunError
 from ..zoo import CheckpointError, read_checkpoint
 from .loaders import create_mixup
@@ -60,13 +60,9 @@ def resolve_data_settings(options: Namespace, model: nn.Module) -> dict[str, Any
     """Image size and normalisation, of the options or the model's; plain values, which the model is told."""
     config = resolve_data_config(vars(options), model=model)
     for key in ("mean", "std"):
-        config[key] = _per_channel(config[key], options.in_chans)
+        config[key] = per_channel(config[key], options.in_chans)
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
     return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
-
-
-def _per_channel(values: Sequence[float], channels: int) -> list[float]:
-    return list(values) if len(values) == channels else [sum(values) / len(values)] * channels
 
 
 class _Float32Loss(nn.Module):
@@ -104,7 +100,7 @@ def create_task(options: Namespace, model: nn.Module, process: Process, class_na
         path = options.kd_checkpoint
         load_weights(teacher, read_checkpoint(path), path, options.use_ema, class_names, new_head=False)
     for key in ("mean", "std"):
-        teacher.pretrained_cfg[key] = _per_channel(teacher.pretrained_cfg[key], options.in_chans)
+        teacher.pretrained_cfg[key] = per_channel(teacher.pretrained_cfg[key], options.in_chans)
     return LogitDistillationTask(
         model,
         teacher.to(device),

@@ -38,7 +38,10 @@ def read_run_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[st
         CheckpointError: it is missing, damaged, or holds more than tensors, plain values and mmengine's log.
     """
     if trust:
-        return torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=False)
+        except Exception as error:  # whatever a damaged pickle raises
+            raise CheckpointError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     try:
         with allowed_classes():
             checkpoint = read_checkpoint(path)

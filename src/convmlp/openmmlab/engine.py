@@ -205,7 +205,7 @@ def adapt_to_machine(cfg: Config, amp: bool) -> None:
     logger = MMLogger.get_current_instance()
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
-        _replace_sync_bn(cfg.model)
+        replace_sync_bn(cfg.model)
         wrapper = dict(type="MMDistributedDataParallel", device_ids=None, broadcast_buffers=False)
         wrapper["find_unused_parameters"] = cfg.get("find_unused_parameters", False)
         if cfg.launcher != "none":
@@ -224,16 +224,16 @@ def adapt_to_machine(cfg: Config, amp: bool) -> None:
         logger.warning("mixed precision: this CPU does not compute in bfloat16 by itself, the run stays in float32")
 
 
-def _replace_sync_bn(node: Any) -> None:
+def replace_sync_bn(node: Any) -> None:
     """SyncBN needs GPUs."""
     if isinstance(node, dict):
         if node.get("type") == "SyncBN":
             node["type"] = "BN"
         for value in node.values():
-            _replace_sync_bn(value)
+            replace_sync_bn(value)
     elif isinstance(node, (list, tuple)):
         for value in node:
-            _replace_sync_bn(value)
+            replace_sync_bn(value)
 
 
 def choose_work(cfg: Config, options: Namespace) -> Config:

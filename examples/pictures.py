@@ -1,0 +1,271 @@
+"""Make the pictures of README and docs: python examples/pictures.py [--out docs/pictures] [--work output/pictures]
+
+    architecture.png   what ConvMLP-S is made of, its numbers from the model itself
+    accuracy.png       published accuracy against parameters and multiply-adds, beside peers
+    features.png       feature maps of ConvMLP-S and Pure-MLP-S of one photograph
+    cam.png            where ConvMLP-S looks for four of its classes, in four photographs put together
+    curves.png         learning curves of `make quickstart`, if it has run
+    ablation.png       what examples/ablation.py found, if it has run
+
+For the third and fourth, both models learn on crops of ten photographs which photograph a crop is of (ten minutes on
+two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors; those shown are
+in the public domain or CC0: astronaut (NASA), cat (Stefan van der Walt), coffee (Rachel Michetti), rocket (SpaceX).
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import skimage
+import sklearn.datasets
+import timm
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+from PIL import Image
+
+from convmlp import convmlp_s
+from convmlp.classifier import open_any
+from convmlp.figures import new_figure, save_figure
+from convmlp.info import PUBLISHED, measure
+from convmlp.visualize import cam_figure, feature_figure
+from convmlp.zoo import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+INPUT_SIZE = (3, 224, 224)
+SKIMAGE = Path(skimage.__file__).parent / "data"
+SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
+PHOTOGRAPHS = {
+    "astronaut": SKIMAGE / "astronaut.png",
+    "cat": SKIMAGE / "chelsea.png",
+    "coffee": SKIMAGE / "coffee.png",
+    "flower": SKLEARN / "flower.jpg",
+    "galaxies": SKIMAGE / "hubble_deep_field.jpg",
+    "motorcycle": SKIMAGE / "motorcycle_left.png",
+    "retina": SKIMAGE / "retina.jpg",
+    "rocket": SKIMAGE / "rocket.jpg",
+    "temple": SKLEARN / "china.jpg",
+    "tissue": SKIMAGE / "ihc.png",
+}
+SHOWN_TOGETHER = ("cat", "coffee", "astronaut", "rocket")
+CROP, TRAIN_CROPS, VAL_CROPS = 112, 120, 20
+TRAINING = "--img-size 112 --crop-pct 1 --epochs 12 --warmup-epochs 1 --batch-size 32 --lr 1e-3 --amp --scale 0.6 1 "
+TRAINING += "--mixup 0.2 --cutmix 1 --clip-grad 1 --seed 0 --resume auto"
+
+
+class Peer(NamedTuple):
+    """A model for comparison: its timm name, its ImageNet-1k top-1 as its own paper gives it, and that paper."""
+
+    name: str
+    label: str
+    top1: float
+    paper: str
+
+
+PEERS = (
+    Peer("resnet18", "ResNet-18", 69.8, "He et al. 2016, torchvision's first weights"),
+    Peer("resnet50", "ResNet-50", 76.1, "He et al. 2016, torchvision's first weights"),
+    Peer("resnet101", "ResNet-101", 77.4, "He et al. 2016, torchvision's first weights"),
+    Peer("mixer_b16_224", "Mixer-B/16", 76.4, "Tolstikhin et al. 2021"),
+    Peer("resmlp_12_224", "ResMLP-S12", 76.6, "Touvron et al. 2021, ResMLP"),
+    Peer("resmlp_24_224", "ResMLP-S24", 79.4, "Touvron et al. 2021, ResMLP"),
+    Peer("gmlp_s16_224", "gMLP-S", 79.6, "Liu et al. 2021, Pay Attention to MLPs"),
+    Peer("deit_tiny_patch16_224", "DeiT-Ti", 72.2, "Touvron et al. 2021, DeiT"),
+    Peer("deit_small_patch16_224", "DeiT-S", 79.8, "Touvron et al. 2021, DeiT"),
+    Peer("poolformer_s12", "PoolFormer-S12", 77.2, "Yu et al. 2022"),
+)
+
+
+# Where labels would meet: offset in points, and the side that is fixed
+LABELS = {
+    "ConvMLP-S": ((-4, -13), "right"),
+    "ConvMLP-M": ((-7, 1), "right"),
+    "ConvMLP-L": ((0, 7), "center"),
+    "gMLP-S": ((-3, 5), "right"),
+    "DeiT-S": ((6, 2), "left"),
+    "PoolFormer-S12": ((0, 6), "center"),
+    "ResNet-101": ((0, 6), "center"),
+}
+
+
+def draw_architecture(path: Path) -> None:
+    """The stages from left to right with the maps between them, and below them the Conv-MLP block."""
+    model = convmlp_s()
+    settings = VARIANTS["convmlp_s"]
+    shapes = {layer.name: layer.shape for layer in measure(model, INPUT_SIZE).layers}
+    figure = new_figure(11, 3.9)
+    above, below = figure.subplots(2, 1, height_ratios=[1.1, 1])
+    stages = [
+        (
+            "tokenizer",
+            "Tokenizer",
+            "3 x [conv 3x3, BN, ReLU],\nthe first of stride 2\nmax pool 3x3, stride 2",
+            "#f6d6ad",
+        )
+    ]
+    bottlenecks = f"{settings['n_conv_blocks']} x [conv 1x1, 3x3, 1x1\nwith BN, ReLU, residual]\nconv 3x3, stride 2"
+    stages.append(("conv_stages", "Convolution stage", bottlenecks, "#f6d6ad"))
+    for i, n_blocks in enumerate(settings["blocks"]):
+        last = i == len(settings["blocks"]) - 1
+        text = f"{n_blocks} x Conv-MLP block" + ("" if last else "\nconv 3x3, stride 2")
+        stages.append((f"stages.{i}", f"Conv-MLP stage {i + 1}", text, "#bcd9f0"))
+    left = 0.0
+    _label(above, left + 0.45, "image\n3 x 224 x 224")
+    left += 0.95
+    for name, title, text, colour in stages:
+        _arrow(above, left, left + 0.22)
+        _box(above, left + 0.25, 1.45, title, text, colour)
+        left += 1.75
+        _label(above, left - 0.78, " x ".join(map(str, shapes[name])), height=-0.13)
+    _arrow(above, left, left + 0.22)
+    _box(above, left + 0.25, 1.2, "Head", f"LayerNorm, mean\nLinear to {model.num_classes}", "#d5e8d4")
+    above.set(xlim=(-0.05, left + 1.5), ylim=(-0.35, 1.1))
+
+    mlp = ["LayerNorm", "Linear", "GELU", "Linear"]
+    x = 1.0
+    _label(below, 0.45, "Conv-MLP block\n(h, w, dim)")
+    for group, colour, residual in (
+        (mlp, "#bcd9f0", True),
+        (["LayerNorm", "depthwise\nconv 3x3"], "#f6d6ad", False),
+    ) + ((mlp, "#bcd9f0", True),):
+        start = x
+        for text in group:
+            _arrow(below, x, x + 0.14)
+            _box(below, x + 0.17, 0.78, "", text, colour, bottom=0.2, height=0.42)
+            x += 0.97
+        if residual:
+            arc = dict(arrowstyle="-|>", connectionstyle="angle,angleA=90,angleB=180,rad=8", color="#555555")
+            below.annotate("", (x + 0.1, 0.9), (start + 0.03, 0.42), arrowprops={**arc, "arrowstyle": "-"})
+            below.annotate("", (x + 0.1, 0.47), (x + 0.1, 0.91), arrowprops=dict(arrowstyle="-|>", color="#555555"))
+            below.text(x + 0.1, 0.41, "+", ha="center", va="center", fontsize=12)
+            x += 0.2
+    _arrow(below, x, x + 0.2)
+    below.set(xlim=(-0.05, x + 0.25), ylim=(0, 1.05))
+    for axis in (above, below):
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def _box(axis: Axes, x: float, width: float, title: str, text: str, colour: str, bottom=0.1, height=0.85) -> None:
+    style = "round,pad=0,rounding_size=0.06"
+    axis.add_patch(FancyBboxPatch((x, bottom), width, height, boxstyle=style, facecolor=colour, edgecolor="#555555"))
+    middle = x + width / 2
+    axis.text(middle, bottom + (0.4 if title else 0.5) * height, text, ha="center", va="center", fontsize=7.5)
+    axis.text(middle, bottom + 0.86 * height, title, ha="center", va="center", fontsize=8.5, weight="bold")
+
+
+def _arrow(axis: Axes, start: float, end: float, height: float = 0.41) -> None:
+    axis.annotate("", (end, height), (start, height), arrowprops=dict(arrowstyle="-|>", color="#555555"))
+
+
+def _label(axis: Axes, x: float, text: str, height: float = 0.41) -> None:
+    axis.text(x, height, text, ha="center", va="center", fontsize=8)
+
+
+def draw_accuracy(path: Path) -> None:
+    """Two panels: top-1 against parameters, and against multiply-adds; both measured on timm's models at 224 px."""
+    figure = new_figure(10, 4)
+    panels = figure.subplots(1, 2, sharey=True)
+    ours = [(f"ConvMLP-{name[-1].upper()}", name, scores["ImageNet"]) for name, scores in PUBLISHED.items()]
+    points = []
+    for label, name, top1 in [*ours, *((peer.label, peer.name, peer.top1) for peer in PEERS)]:
+        cost = measure(timm.create_model(name), INPUT_SIZE)
+        points.append((label, top1, cost.parameters / 1e6, cost.macs / 1e9))
+    for axis, column, title in zip(panels, (2, 3), ("parameters, millions", "multiply-adds at 224 px, G"), strict=True):
+        own = [(point[column], point[1]) for point in points[: len(ours)]]
+        axis.plot(*zip(*own, strict=True), "o-", color="#1b4f72", zorder=3)
+        for i, point in enumerate(points):
+            is_ours = i < len(ours)
+            if not is_ours:
+                axis.plot(point[column], point[1], "o", color="#999999", markersize=5)
+            (x, y), side = LABELS.get(point[0], ((0, -12), "center"))
+            axis.annotate(
+                point[0],
+                (point[column], point[1]),
+                xytext=(x, y),
+                textcoords="offset points",
+                ha=side,
+                fontsize=8,
+                color="#1b4f72" if is_ours else "#555555",
+                weight="bold" if is_ours else "normal",
+            )
+        axis.set(xlabel=title, xscale="log")
+        ticks = [1, 2, 4, 8, 16] if column == 3 else [5, 10, 20, 40, 80]
+        axis.set_xticks(ticks, map(str, ticks))
+        axis.minorticks_off()
+        axis.margins(0.12)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("ImageNet-1k top-1, %, as published")
+    save_figure(figure, path)
+
+
+def make_crops(folder: Path) -> None:
+    """folder/train/CLASS/*.jpg and folder/val/CLASS/*.jpg: square crops, a quarter to all of a photograph's side."""
+    for number, (name, photograph) in enumerate(PHOTOGRAPHS.items()):
+        with Image.open(photograph) as file:
+            image = file.convert("RGB")
+        rng = np.random.default_rng(number)
+        for split, count in (("train", TRAIN_CROPS), ("val", VAL_CROPS)):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                side = min(image.size) * rng.uniform(0.25, 1)
+                x, y = (rng.uniform(0, length - side) for length in image.size)
+                crop = image.resize((CROP, CROP), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+                crop.save(folder / split / name / f"{i:03}.jpg", quality=92)
+
+
+def train(model: str, work: Path) -> Path:
+    """The best checkpoint of a model on the crops; an interrupted training continues."""
+    crops = work / "crops"
+    if not (crops / ".complete").exists():
+        make_crops(crops)
+        (crops / ".complete").touch()
+    command = [sys.executable, str(ROOT / "classification.py"), "--model", model, "--output", str(work)]
+    subprocess.run([*command, "--experiment", model, *TRAINING.split(), str(crops)], check=True)
+    return work / model / "best.pth"
+
+
+def put_together(names: tuple[str, ...], side: int) -> Image.Image:
+    """The middle squares of four photographs in a square of four."""
+    sheet = Image.new("RGB", (2 * side, 2 * side))
+    for i, name in enumerate(names):
+        with Image.open(PHOTOGRAPHS[name]) as file:
+            image = file.convert("RGB")
+        short = min(image.size)
+        x, y = ((length - short) / 2 for length in image.size)
+        square = image.resize((side, side), Image.Resampling.BICUBIC, box=(x, y, x + short, y + short))
+        sheet.paste(square, (i % 2 * side, i // 2 * side))
+    return sheet
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "pictures")
+    parser.add_argument("--work", type=Path, default=Path("output/pictures"))
+    options = parser.parse_args()
+    out = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    draw_architecture(out / "architecture.png")
+    draw_accuracy(out / "accuracy.png")
+    checkpoints = [train(model, options.work) for model in ("convmlp_s", "pure_mlp_s")]
+    classifiers = [open_any(str(path), img_size=224) for path in checkpoints]
+    for classifier in classifiers:
+        classifier.title = classifier.name
+    with Image.open(PHOTOGRAPHS["cat"]) as image:
+        save_figure(feature_figure(image, classifiers), out / "features.png")
+    together = put_together(SHOWN_TOGETHER, 112)
+    save_figure(cam_figure(together, classifiers[:1], SHOWN_TOGETHER), out / "cam.png")
+    for source in (Path("output/quickstart/curves.png"), Path("output/ablation/ablation.png")):
+        if source.exists():
+            shutil.copyfile(source, out / source.name)
+    for path in sorted(out.glob("*.png")):  # a palette of 256 colours is a third of the size
+        with Image.open(path) as image:
+            image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+        print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
