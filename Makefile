@@ -1,6 +1,8 @@
 # make quickstart                install, then train ConvMLP-S on real handwritten digits (two or three minutes on two cores)
 # make quickstart-detection      install, then find and outline digits on photographs: RetinaNet and Mask R-CNN
 # make quickstart-segmentation   install, then label their pixels: Semantic FPN
+# make ablation                  install, then take the model apart: four steps from Pure-MLP to ConvMLP-S, three seeds (an hour)
+# make pictures                  install, then make the pictures of README and docs (a quarter of an hour)
 # make test                      install, then run the whole test suite
 # make test-upstream             the tests of detection and segmentation with OpenMMLab's own packages
 # Each target sets up .venv by itself, once. PYTHON=python3.12 make ... takes another interpreter.
@@ -9,7 +11,8 @@ PYTHON ?= python3
 VENV = .venv
 INSTALLED = $(VENV)/.installed
 
-.PHONY: install quickstart quickstart-detection quickstart-segmentation test test-upstream lint format clean
+.PHONY: install quickstart quickstart-detection quickstart-segmentation ablation pictures
+.PHONY: test test-upstream lint format clean
 
 install: $(INSTALLED)
 
@@ -44,6 +47,12 @@ quickstart-detection: $(INSTALLED) $(BACKBONE)
 quickstart-segmentation: $(INSTALLED) $(BACKBONE)
 	PYTHON=$(VENV)/bin/python ./dist_segmentation.sh configs/segmentation/quickstart_fpn.py 1 $(SCENES)/segmentation \
 	    --amp --overwrite --show-dir output/quickstart_fpn/pictures $(ARGS)
+
+ablation: $(INSTALLED)
+	$(VENV)/bin/python examples/ablation.py $(ARGS)
+
+pictures: $(INSTALLED)
+	$(VENV)/bin/python examples/pictures.py $(ARGS)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)

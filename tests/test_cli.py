@@ -123,7 +123,7 @@ def test_every_verb_has_a_manual(verb, capsys):
         ("predict", "the following arguments are required: IMAGE"),
         ("predict x.png --topkk 3", "unknown option --topkk; did you mean --topk?"),
         ("predict x.png --topk 0", "argument --topk: must be positive, got 0"),
-        ("predict x.png --topk many", "argument --topk: invalid _positive value"),
+        ("predict x.png --topk many", "argument --topk: invalid positive value: 'many'"),
         ("predict nowhere.png", "no such picture, folder or pattern: nowhere.png"),
         ("predict {empty}", "no pictures in the folder {empty}"),
         ("predict {photo} --model convmlp_x", "unknown --model convmlp_x; did you mean convmlp_"),

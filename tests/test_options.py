@@ -208,3 +208,24 @@ def test_bad_options_are_named_with_the_way_out(arguments, message):
 def test_config_values_come_without_their_base_key():
     values = load_config(CONFIGS / "convmlp_s_imagenet.yml")
     assert "base" not in values and values["model"] == "convmlp_s_classification" and values["mixup"] == 0.8
+
+
+@pytest.mark.parametrize("separator", [",", " "])
+def test_arguments_of_the_model_stand_before_the_data(separator):
+    options = parse_options(["--model-kwargs", *f"a=1{separator}b=False{separator}c=[1,2]".split(" "), "DATA"])
+    assert options.model_kwargs == {"a": 1, "b": False, "c": [1, 2]} and options.data_dir == "DATA"
+
+
+def test_arguments_of_the_model_in_a_config(tmp_path):
+    path = tmp_path / "config.yml"
+    path.write_text("model_kwargs:\n  conv_stage: false\n  dims: [8, 16, 24]\n")
+    options = parse_options(["-c", str(path)])
+    assert options.model_kwargs == {"conv_stage": False, "dims": [8, 16, 24]}
+    path.write_text(yaml.safe_dump(stored_options(options)))
+    assert parse_options(["-c", str(path)]).model_kwargs == options.model_kwargs
+
+
+@pytest.mark.parametrize("text", ["conv_stage", "=1", "a="])
+def test_an_argument_of_the_model_without_name_or_value_is_named(text):
+    with pytest.raises(RunError, match="--model-kwargs: it takes KEY=VALUE, got"):
+        parse_options(["--model-kwargs", text])

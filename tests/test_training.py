@@ -466,3 +466,39 @@ def test_a_process_without_validation_images_waits_for_no_one(script, make_pictu
 def test_the_script_refuses_a_wrong_number_of_processes():
     result = subprocess.run([ROOT / "dist_classification.sh", "all"], capture_output=True, text=True)
     assert result.returncode == 2 and "got 'all' as the number" in result.stderr
+
+
+def test_arguments_of_the_model_are_kept_with_it(run, caplog):
+    switches = "conv_stage=False,conv_downsample=False,spatial_connect=False"
+    code, _, folder = run("--model-kwargs", switches, "--epochs", "1")
+    best = read(folder / "best.pth")
+    assert code == 0 and best["args"]["model_kwargs"]["spatial_connect"] is False
+    assert "tokenizer.projection.weight" in best["state_dict"]
+    caplog.clear()
+    top1 = float(rows_of(folder)[0]["eval_top1"])
+    assert run("--eval", str(folder / "best.pth"))[0] == 0 and f"top-1 {top1:.2f} %" in caplog.text
+    assert run("--resume", "auto", "--model-kwargs", switches)[0] == 0 and len(rows_of(folder)) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("conv_stge=False", "unexpected keyword argument 'conv_stge'"),
+        ("num_classes=4", "num_classes: that has an option of its own"),
+        ("n_conv_blocks=-1", "n_conv_blocks=-1"),
+    ],
+)
+def test_a_wrong_argument_of_the_model_is_one_line(run, value, message):
+    code, err, _ = run("--model-kwargs", value)
+    assert code == 2 and message in err and err.count("\n") == 1
+
+
+def test_transparent_pictures_lie_on_white_in_training_too():
+    from convmlp.classification.loaders import BatchDataset
+
+    class Source:
+        def load(self, index):
+            return Image.new("RGBA", (4, 4), (200, 0, 0, 0)), 0
+
+    image, _ = BatchDataset(Source(), None, "RGB")._read(0)
+    assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)

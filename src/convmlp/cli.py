@@ -12,7 +12,7 @@ from . import __version__
 from .errors import RunError, suggest
 from .files import check_writable, make_folder, write_atomically
 
-EXIT_CODES = "exit codes: 0 done, 1 some pictures could not be read, 2 a mistake in the call or a file"
+EXIT_CODES = "exit codes: 0 done, 1 some pictures could not be read, 2 a mistake in the call or a file, 3 a bug"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,11 +43,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
     add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
-    add("--topk", type=_positive, metavar="N", help="how many classes to name (5)")
+    add("--topk", type=positive, metavar="N", help="how many classes to name (5)")
     add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
-    add("--score-threshold", type=_share, metavar="P", help="leave out detections below (0.3)")
+    add("--score-threshold", type=share, metavar="P", help="leave out detections below (0.3)")
     add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
-    add("--batch-size", type=_positive, metavar="N", help="pictures at once (16)")
+    add("--batch-size", type=positive, metavar="N", help="pictures at once (16)")
     add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
     add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
     add("--save-dir", metavar="DIR", help="draw the result into copies of the pictures")
@@ -72,16 +72,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dynamic", action="store_true", help="any batch and image size, not just one image of the model's own size")
     add("--fold", action="store_true", help="fold BatchNorm into the convolutions")
     add("--half", action="store_true", help="float16")
-    add("--opset", type=_positive, metavar="N", help="of ONNX; by default PyTorch's")
-    add("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    add("--opset", type=positive, metavar="N", help="of ONNX; by default PyTorch's")
+    add("--img-size", type=positive, metavar="PX", help="side of the square the model sees")
     _add_pretrained(sub)
 
     sub = verb("info", _info, "Parameters, multiply-adds, activations, published scores; the layers of one model.")
     add = sub.add_argument
     add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default all of ours")
-    add("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    add("--img-size", type=positive, metavar="PX", help="side of the square the model sees")
     add("--layers", action="store_true", help="the layers of several models")
-    add("--depth", type=_positive, default=2, metavar="N", help="how deep into the layers (2)")
+    add("--depth", type=positive, default=2, metavar="N", help="how deep into the layers (2)")
     add("--markdown", action="store_true", help="tables for a README")
 
     verb("doctor", _doctor, "What is installed, whether it works, and the pip line for what is missing.")
@@ -92,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_machine(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--img-size", type=_positive, metavar="PX", help="side of the square the model sees")
+    sub.add_argument("--img-size", type=positive, metavar="PX", help="side of the square the model sees")
     sub.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, else mps, else cpu), or a device")
 
 
@@ -101,14 +101,14 @@ def _add_pretrained(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--pretrained", action=switch, default=True, help="published weights; or random ones")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be positive, got {text}")
     return number
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"lies between 0 and 1, got {text}")
@@ -116,7 +116,7 @@ def _share(text: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command: exit code 0, 1 if some pictures could not be read, 2 for a mistake in the call or a file."""
+    """The command; see EXIT_CODES."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunError as error:
         if debug:
             raise
-        print(f"convmlp: error: {error}", file=sys.stderr)
+        _say(f"convmlp: error: {error}")
         return 2
     except ModuleNotFoundError as error:
         if debug or not error.name or error.name.startswith("convmlp"):
@@ -136,14 +136,19 @@ def main(argv: list[str] | None = None) -> int:
         from .doctor import MODULES
 
         package = next((p for p, m in MODULES.items() if m == module), module)
-        print(f"convmlp: error: {module} is missing: pip install {package}", file=sys.stderr)
+        _say(f"convmlp: error: {module} is missing: pip install {package} (convmlp doctor names all that is)")
         return 2
     except KeyboardInterrupt:
-        print("convmlp: interrupted", file=sys.stderr)
+        _say("convmlp: interrupted")
         return 130
     except BrokenPipeError:  # such as `convmlp predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"convmlp: bug: {type(error).__name__}: {' '.join(str(error).split())[:300]} (--debug shows where)")
+        return 3
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
