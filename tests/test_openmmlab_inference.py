@@ -541,7 +541,8 @@ def test_the_command_gives_json_draws_and_counts_what_is_no_picture(base, runs, 
         picture(90, 60, seed=i).save(pictures / f"{i}.png")
     (pictures / "broken.jpg").write_bytes(b"")
     config, checkpoint = runs[base]
-    call = [pictures, "--config", config, "--checkpoint", checkpoint, "--score-threshold", 0.0]
+    call = [pictures, "--config", config, "--checkpoint", checkpoint]
+    call += ["--score-threshold", 0.0] if base == MASKRCNN else []
     run = command(*call, "--json", "-", "--save-dir", tmp_path / "drawn")
     assert run.returncode == 1 and "skipped: " in run.stderr and "1 of 3 pictures could not be read" in run.stderr
     rows = json.loads(run.stdout)["predictions"]
@@ -572,6 +573,7 @@ def test_the_command_shows_a_table_with_boxes(runs, tmp_path):
         (["--config", "{config}", "--checkpoint", "{classifier}"], "not of a detector or segmentor"),
         (["--checkpoint", "{detector}"], "name its config too, --config FILE"),
         (["--config", "{config}", "--checkpoint", "nowhere.pth"], "nowhere.pth"),
+        (["--config", "{fpn}", "--checkpoint", "{segmentor}", "--score-threshold", "0.5"], "this is a segmentor"),
         (["--config", "{config}", "--checkpoint", "nowhere.pth", "--trust-checkpoint"], "nowhere.pth"),
     ],
 )
@@ -580,6 +582,7 @@ def test_a_mistake_in_the_command_is_one_line(options, message, runs, tmp_path):
     torch.save(create_by_name("convmlp_s", num_classes=3).state_dict(), tmp_path / "classifier.pth")
     config, detector = runs[RETINANET]
     names = {"config": config, "detector": detector, "classifier": tmp_path / "classifier.pth"}
+    names |= dict(zip(("fpn", "segmentor"), runs[FPN], strict=True))
     run = command(tmp_path / "scene.png", *(option.format(**names) for option in options))
     assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
     assert run.stderr.startswith("convmlp: error: ") and message in run.stderr

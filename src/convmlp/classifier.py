@@ -55,7 +55,10 @@ class Classifier:
     @property
     def image_mode(self) -> str:
         """Pillow's name for the channels that the model takes."""
-        return "L" if self.data_config["input_size"][0] == 1 else "RGB"
+        channels = self.data_config["input_size"][0]
+        if channels not in (1, 3):
+            raise RunError(f"{self.title} takes {channels} channels, and pictures are read as 1 or 3")
+        return "L" if channels == 1 else "RGB"
 
     @cached_property
     def transform(self) -> Any:
@@ -150,7 +153,7 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str,
     network = create_by_name(
         name,
         num_classes=len(head),
-        in_chans=3 if first_conv is None or first_conv.ndim != 4 else first_conv.shape[1],
+        in_chans=args.get("in_chans") or (3 if first_conv is None or first_conv.ndim != 4 else first_conv.shape[1]),
         **settings,
         **(args.get("model_kwargs") or {}),
     )
@@ -167,8 +170,9 @@ def _published_name(path: Path, weights: Mapping[str, torch.Tensor]) -> str | No
 
 def _data_config(network: nn.Module) -> dict[str, Any]:
     """timm's, for the channels that the model really has."""
-    first = next((layer for layer in network.modules() if isinstance(layer, nn.Conv2d)), None)
-    chans = first.in_channels if first and first.in_channels in (1, 3) else 3
+    names = network.pretrained_cfg.get("first_conv") or ""
+    layer = dict(network.named_modules()).get(names if isinstance(names, str) else names[0])
+    chans = layer.in_channels if isinstance(layer, nn.Conv2d) else 3
     config = resolve_data_config({}, model=network)
     statistics = {key: per_channel(config[key], chans) for key in ("mean", "std")}
     return {**config, **statistics, "input_size": (chans, *config["input_size"][1:])}

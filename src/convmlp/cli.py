@@ -242,6 +242,8 @@ def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
     from .results import drawn_names
 
     model = inference.open_model(options.config, options.checkpoint, options.device, options.trust_checkpoint)
+    if model.library == "mmseg":
+        _refuse(options, ("score_threshold",), "is for detection, and this is a segmentor")
     threshold = inference.SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
     rows, unreadable = [], []
     hidden = None if len(paths) > 1 else True
@@ -270,7 +272,7 @@ def _visualize(options: argparse.Namespace) -> None:
     out = Path(options.out or f"{options.kind}.png")
     check_writable(out)
     if not options.image and options.kind != "filters":
-        raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE")
+        raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE, before --models")
     if options.classes and options.kind != "cam":
         raise RunError("--classes is for --kind cam")
 
@@ -304,7 +306,7 @@ def _export(options: argparse.Namespace) -> None:
     classifier = open_any(options.model, pretrained=options.pretrained, device="cpu", img_size=options.img_size)
     report = export(
         classifier,
-        options.output or f"{classifier.name}{SUFFIXES[options.format]}",
+        options.output or classifier.model.pretrained_cfg["architecture"] + SUFFIXES[options.format],
         options.format,
         dynamic=options.dynamic,
         fold=options.fold,

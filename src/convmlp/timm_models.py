@@ -80,7 +80,10 @@ def _create(
     **kwargs: Any,
 ) -> ConvMLP:
     known = {**VARIANTS, **PURE_MLPS, "pure_mlp": PURE_MLPS["pure_mlp_s"]}
-    settings = known[name.removesuffix("_classification")]
+    settings = {**known[name.removesuffix("_classification")], "final_norm": True, **kwargs}
+    if not settings.get("conv_stage", True):
+        overlay = settings.get("pretrained_cfg_overlay") or {}
+        settings["pretrained_cfg_overlay"] = {**overlay, "first_conv": "tokenizer.projection"}
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             ConvMLP,
@@ -88,7 +91,7 @@ def _create(
             pretrained,
             pretrained_filter_fn=_fit,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-            **{**settings, "final_norm": True, **kwargs},
+            **settings,
         )
     return model.to(dtype=dtype)
 

@@ -1,0 +1,256 @@
+"""Classifiers as files for other programs: ONNX, torch.export, TorchScript, and timm's safetensors folder.
+
+What was written is loaded again and compared with the PyTorch model before it takes its name.
+"""
+
+import copy
+import importlib.util
+import inspect
+import io
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import nn
+
+from .classifier import Classifier
+from .deploy import fold_batchnorm
+from .errors import RunError, suggest
+from .files import check_writable, make_folder, write_atomically
+
+_logger = logging.getLogger(__name__)
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+Shape = tuple[int, int, int]
+
+# What names end in by custom; safetensors makes a folder
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ""}
+
+# How far a logit may be from the model's, over the largest logit of the batch. Measured: 5e-6 and 4e-3
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
+
+MIN_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was written: `size` in bytes, and the (batch, height, width) on which it was compared with PyTorch.
+
+    `absolute` is the largest difference of a logit from float32 PyTorch, `relative` over the largest of its batch.
+    """
+
+    path: Path
+    size: int
+    dtype: torch.dtype
+    shapes: list[Shape]
+    absolute: float
+    relative: float
+
+
+def export(
+    classifier: Classifier,
+    path: str | Path,
+    format: str = "onnx",
+    *,
+    dynamic: bool = False,
+    fold: bool = False,
+    half: bool = False,
+    opset: int | None = None,
+    overwrite: bool = False,
+) -> Report:
+    """Write a classifier for another program, and check it: normalised images (b, c, h, w) -> logits (b, classes).
+
+    ONNX metadata_props tell arch, class_names, input_size, mean, std and the rest of timm's data configuration, each
+    in JSON; torch-export and torchscript hold all of them in an extra file, classifier.json. A safetensors folder is
+    a model for timm after `import convmlp.timm_models`: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+
+    Args:
+        path: The file to write; for safetensors the folder.
+        format: 'onnx', 'torch-export', 'torchscript' or 'safetensors'.
+        dynamic: Any batch, height and width, from 32 px up. Otherwise ONNX and torch.export take one image of the
+            classifier's input size; the others are not tied to a size, but tried with that one only.
+        fold: Fold BatchNorm into the convolutions; not for safetensors. PyTorch's ONNX exporter does so by itself.
+        half: Weights, input and logits in float16; timm makes float32 of such weights when it loads them.
+        opset: Of ONNX; by default PyTorch's choice. For our models it writes 18 to 25.
+        overwrite: Replace what is at `path`; in a folder, the two files.
+
+    Raises:
+        RunError: a request that cannot be met, a missing package, a model that does not fit the format, or a file
+            that computes something else than the model (`TOLERANCES`). What was at `path` stays then.
+    """
+    path = Path(path)
+    _check_request(path, format, fold, opset, overwrite)
+    channels, h, w = classifier.data_config["input_size"]
+    shapes: list[Shape] = [(1, h, w)] * 3
+    if dynamic:
+        shapes = [(1, h, w), (3, h, w), (2, max(MIN_SIDE + 1, h - 31), w + 33), (1, MIN_SIDE, MIN_SIDE)]
+    dtype = torch.float16 if half else torch.float32
+    reference = copy.deepcopy(classifier.model).eval().requires_grad_(False)
+    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    network = (fold_batchnorm(reference) if fold else copy.deepcopy(reference)).to(dtype)
+    arch = network.pretrained_cfg["architecture"]
+    about = {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
+    images = [
+        torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
+        for seed, (b, h, w) in enumerate(shapes)
+    ]
+    reports = []
+
+    def write_and_check(target: Path) -> None:
+        expected = [reference(x) for x in images]  # first of all, lest the model itself cannot take these sizes
+        example = images[0].to(dtype)
+        if format == "onnx":
+            run = _write_onnx(_capture(network, example, dynamic), target, about, opset)
+        elif format == "torch-export":
+            run = _write_torch_export(_capture(network, example, dynamic), target, about)
+        elif format == "torchscript":
+            run = _write_torchscript(network, example, target, about, dynamic)
+        else:
+            run = _write_safetensors(network, target, classifier)
+        differences = _compare([run(x.to(dtype)).float() for x in images], expected, TOLERANCES[dtype])
+        size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+        reports.append(Report(path, size, dtype, shapes, *differences))
+
+    try:
+        with _quiet(), torch.no_grad():
+            (_write_folder if format == "safetensors" else write_atomically)(path, write_and_check)
+    except RunError:
+        raise
+    except Exception as error:  # of compilers, which raise anything
+        _logger.debug("the export failed", exc_info=True)
+        wanted = f"{format}{' with free sizes' if dynamic else ''}{' in float16' if half else ''}"
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RunError(f"{classifier.title} cannot be exported as {wanted}: {reason}") from error
+    return reports[0]
+
+
+def _check_request(path: Path, format: str, fold: bool, opset: int | None, overwrite: bool) -> None:
+    if format not in SUFFIXES:
+        raise RunError(f"unknown format {format}{suggest(format, SUFFIXES)}; there are {', '.join(SUFFIXES)}")
+    if fold and format == "safetensors":
+        raise RunError("safetensors keeps the names that timm knows, so BatchNorm cannot be folded there")
+    if opset is not None and format != "onnx":
+        raise RunError(f"an opset is for onnx, not for {format}")
+    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise RunError(f"{format} needs a missing package: pip install {' '.join(missing)}")
+    if format == "safetensors":
+        make_folder(path.parent)
+    else:
+        check_writable(path)
+    if not overwrite and (any(path.iterdir()) if path.is_dir() else path.exists()):
+        raise RunError(f"{path} exists already; --overwrite replaces it")
+
+
+def _write_onnx(exported: torch.export.ExportedProgram, path: Path, about: dict[str, Any], opset: int | None) -> Run:
+    import onnxruntime
+
+    program = torch.onnx.export(
+        exported,
+        input_names=["input"],
+        output_names=["logits"],
+        dynamic_shapes=({0: "batch", 2: "height", 3: "width"},) if exported.range_constraints else None,
+        opset_version=opset,
+        dynamo=True,
+        verbose=False,
+    )
+    written = program.model.opset_imports[""]
+    if opset not in (None, written):
+        raise RunError(f"PyTorch cannot write this model in ONNX opset {opset}, only in {written} or so")
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    program.save(path, external_data=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
+
+
+def _write_torch_export(exported: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> Run:
+    with path.open("wb") as file:  # given a path, PyTorch insists on its own suffix
+        torch.export.save(exported, file, extra_files={"classifier.json": json.dumps(about)})
+    with path.open("rb") as file:
+        return torch.export.load(file).module()
+
+
+def _write_torchscript(
+    network: nn.Module, example: torch.Tensor, path: Path, about: dict[str, Any], dynamic: bool
+) -> Run:
+    scripted = torch.jit.script(network) if dynamic else torch.jit.trace(network, example, check_trace=False)
+    torch.jit.save(scripted, path, _extra_files={"classifier.json": json.dumps(about)})
+    return torch.jit.load(path)
+
+
+def _write_safetensors(network: nn.Module, folder: Path, classifier: Classifier) -> Run:
+    labels = {"label_names": classifier.class_names}
+    save_for_hf(network, folder, labels, safe_serialization=True, data_config=classifier.data_config)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda images: loaded(images.float())
+
+
+def _capture(network: nn.Module, example: torch.Tensor, dynamic: bool) -> torch.export.ExportedProgram:
+    """The network as a graph. Free sizes are such that nothing is assumed of them, for 32 px make a map of 1x1."""
+    if not dynamic:
+        return torch.export.export(network, (example,))
+    if importlib.util.find_spec("torch.fx.experimental.dynamic_spec") is None:
+        raise RunError(f"free sizes need a newer PyTorch than {torch.__version__}")
+    from torch.fx.experimental.dynamic_spec import ParamsSpec, ShapesSpec, ShapeVar, TensorSpec
+
+    batch, height, width = ShapeVar("batch", min=1), ShapeVar("height", min=MIN_SIDE), ShapeVar("width", min=MIN_SIDE)
+    name = next(iter(inspect.signature(network.forward).parameters))
+    spec = ParamsSpec({name: TensorSpec([batch, example.shape[1], height, width])})
+    return torch.export.export(network, (example,), dynamic_shapes=ShapesSpec(params=spec))
+
+
+def _compare(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance: float) -> tuple[float, float]:
+    """The largest difference of a logit, absolute and over the largest logit of its batch."""
+    if [logits.shape for logits in actual] != [logits.shape for logits in expected]:
+        raise RunError(f"the export gives logits {tuple(actual[0].shape)}, the model {tuple(expected[0].shape)}")
+    absolute = [(left - right).abs().max().item() for left, right in zip(actual, expected, strict=True)]
+    scales = [logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny).item() for logits in expected]
+    relative = [difference / scale for difference, scale in zip(absolute, scales, strict=True)]
+    wrong = [difference for difference in relative if not difference <= tolerance]  # NaN is wrong too
+    if wrong:
+        raise RunError(
+            f"the export differs from the model by {wrong[0]:.2g} of the largest logit ({tolerance:g} is fine)"
+        )
+    return max(absolute), max(relative)
+
+
+def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then move its files; config.json comes last, to complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        path.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir(), reverse=True):
+            os.replace(file, path / file.name)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No chatter of the exporters: what comes of it is checked, and said in an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
