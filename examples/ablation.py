@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import timm
+from matplotlib.ticker import MaxNLocator
 
 import convmlp.timm_models  # noqa: F401
 from convmlp.figures import new_figure, save_figure
@@ -81,25 +82,19 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A bar a step for the mean, a point a seed."""
-    figure = new_figure(7, 2.6)
+    """A row a step: a point for each seed, a line at their mean."""
+    figure = new_figure(7, 2.4)
     axis = figure.subplots()
     positions = np.arange(len(results))[::-1]
-    axis.barh(positions, [np.mean(result.top1) for result in results], color="#9cc4e4", height=0.62)
     for position, result in zip(positions, results, strict=True):
-        axis.plot(result.top1, [position] * len(result.top1), "o", color="#1b4f72", markersize=4)
-        axis.annotate(
-            f"{np.mean(result.top1):.2f}",
-            (max(result.top1), position),
-            xytext=(7, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    values = [value for result in results for value in result.top1]
-    low = max(0, min(values) - 2)
-    axis.set(yticks=positions, yticklabels=[result.name for result in results])
-    axis.set(xlim=(low, max(values) + (max(values) - low) * 0.12), xlabel="top-1 on 360 held-out digits, %")
+        mean = np.mean(result.top1)
+        axis.plot(result.top1, [position] * len(result.top1), "o", color="#7fb2d9", markersize=7)
+        axis.plot([mean, mean], [position - 0.3, position + 0.3], color="#1b4f72", linewidth=2)
+        axis.text(1.02, position, f"{mean:.2f}", transform=axis.get_yaxis_transform(), va="center")
+    axis.set(yticks=positions, yticklabels=[result.name for result in results], ylim=(-0.6, len(results) - 0.4))
+    axis.set_xlabel("top-1 on 360 held-out digits, %")
+    axis.xaxis.set_major_locator(MaxNLocator(6))
+    axis.grid(axis="x", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 

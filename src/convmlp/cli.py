@@ -224,7 +224,9 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
     small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
     if small:
         (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
-        _say(f"{len(small)} pictures were enlarged to {side} px, such as {small[0].path}, {width}x{height} px")
+        _say(
+            f"enlarged to {side} px: {len(small)} of {len(paths)} pictures, such as {small[0].path}, {width}x{height} px"
+        )
     return [prediction.row() for prediction in predictions], unreadable
 
 
@@ -317,8 +319,8 @@ def _export(options: argparse.Namespace) -> None:
     shapes = ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(report.shapes))
     dtype = str(report.dtype).removeprefix("torch.")
     _say(f"written: {report.path} ({report.size / 1e6:.1f} MB, {dtype})")
-    _say(f"compared with PyTorch on {shapes} (batch x height x width): logits differ by at most")
-    _say(f"{report.absolute:.1e}, {report.relative:.1e} of the largest")
+    differences = f"{report.absolute:.1e}, {report.relative:.1e} of the largest"
+    _say(f"compared with PyTorch on {shapes} (batch x height x width): logits differ by at most {differences}")
 
 
 def _info(options: argparse.Namespace) -> None:

@@ -232,6 +232,7 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         path.mkdir(exist_ok=True)
         for file in sorted(temporary.iterdir(), reverse=True):
+            shutil.copymode(temporary / "config.json", file)  # Hugging Face's writer lets nobody else read
             os.replace(file, path / file.name)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
