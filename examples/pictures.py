@@ -51,8 +51,8 @@ PHOTOGRAPHS = {
     "tissue": SKIMAGE / "ihc.png",
 }
 SHOWN_TOGETHER = ("cat", "coffee", "astronaut", "rocket")
-CROP, TRAIN_CROPS, VAL_CROPS = 112, 120, 20
-TRAINING = "--img-size 112 --crop-pct 1 --epochs 10 --warmup-epochs 1 --batch-size 32 --lr 8e-4 --amp --scale 0.4 1 "
+CROP, TRAIN_CROPS, VAL_CROPS = 96, 160, 20
+TRAINING = "--img-size 96 --crop-pct 1 --epochs 14 --warmup-epochs 2 --batch-size 32 --lr 4e-4 --amp --scale 0.4 1 "
 TRAINING += "--smoothing 0 --clip-grad 1 --seed 0 --resume auto"
 
 
