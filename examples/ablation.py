@@ -21,6 +21,7 @@ import timm
 from matplotlib.ticker import MaxNLocator
 
 import convmlp.timm_models  # noqa: F401
+from convmlp.errors import RunError
 from convmlp.figures import new_figure, save_figure
 from convmlp.files import make_folder, write_atomically
 from convmlp.info import grouped, measure
@@ -100,11 +101,17 @@ def draw(results: Sequence[Result], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=Path("output/ablation"))
     options, others = parser.parse_known_args()
-    make_folder(options.output)
+    if any(other.startswith(("--model", "-c", "--config", "--seed", "--experiment")) for other in others):
+        parser.error("model, config, seed and experiment are what this program sets")
+    try:
+        make_folder(options.output)
+    except RunError as error:
+        parser.error(str(error))
     results = run(options.seeds, options.output, others)
     text = table(results)
     write_atomically(options.output / "ablation.md", lambda path: path.write_text(text))

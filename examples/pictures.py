@@ -2,14 +2,15 @@
 
     architecture.png   what ConvMLP-S is made of, its numbers from the model itself
     accuracy.png       published accuracy against parameters and multiply-adds, beside peers
-    features.png       feature maps of ConvMLP-S and Pure-MLP-S of one photograph
-    cam.png            where ConvMLP-S looks for four of its classes, in four photographs put together
+    features.jpg       feature maps of ConvMLP-S and Pure-MLP-S of one photograph
+    cam.jpg            where ConvMLP-S looks for four of its classes, in four photographs put together
     curves.png         learning curves of `make quickstart`, if it has run
     ablation.png       what examples/ablation.py found, if it has run
 
 For the third and fourth, both models learn on crops of ten photographs which photograph a crop is of (ten minutes on
-two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors; those shown are
-in the public domain or CC0: astronaut (NASA), cat (Stefan van der Walt), coffee (Rachel Michetti), rocket (SpaceX).
+two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors. Those shown: cat
+(Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0), temple (danielbuechele, CC BY 2.0), flower (vultilion, CC BY
+2.0).
 """
 
 import argparse
@@ -50,7 +51,7 @@ PHOTOGRAPHS = {
     "temple": SKLEARN / "china.jpg",
     "tissue": SKIMAGE / "ihc.png",
 }
-SHOWN_TOGETHER = ("cat", "coffee", "astronaut", "rocket")
+SHOWN_TOGETHER = ("cat", "temple", "coffee", "flower")
 CROP, TRAIN_CROPS, VAL_CROPS = 96, 160, 20
 TRAINING = "--img-size 96 --crop-pct 1 --epochs 14 --warmup-epochs 2 --batch-size 32 --lr 4e-4 --amp --scale 0.4 1 "
 TRAINING += "--smoothing 0 --clip-grad 1 --seed 0 --resume auto"
@@ -86,7 +87,7 @@ LABELS = {
     "ConvMLP-L": ((0, 7), "center"),
     "gMLP-S": ((-3, 5), "right"),
     "DeiT-S": ((6, 2), "left"),
-    "PoolFormer-S12": ((0, 6), "center"),
+    "PoolFormer-S12": ((7, -3), "left"),
     "ResNet-101": ((0, 6), "center"),
 }
 
@@ -98,16 +99,12 @@ def draw_architecture(path: Path) -> None:
     shapes = {layer.name: layer.shape for layer in measure(model, INPUT_SIZE).layers}
     figure = new_figure(11, 3.9)
     above, below = figure.subplots(2, 1, height_ratios=[1.1, 1])
-    stages = [
-        (
-            "tokenizer",
-            "Tokenizer",
-            "3 x [conv 3x3, BN, ReLU],\nthe first of stride 2\nmax pool 3x3, stride 2",
-            "#f6d6ad",
-        )
-    ]
+    tokenizer = "3 x [conv 3x3, BN, ReLU],\nthe first of stride 2\nmax pool 3x3, stride 2"
     bottlenecks = f"{settings['n_conv_blocks']} x [conv 1x1, 3x3, 1x1\nwith BN, ReLU, residual]\nconv 3x3, stride 2"
-    stages.append(("conv_stages", "Convolution stage", bottlenecks, "#f6d6ad"))
+    stages = [
+        ("tokenizer", "Tokenizer", tokenizer, "#f6d6ad"),
+        ("conv_stages", "Convolution stage", bottlenecks, "#f6d6ad"),
+    ]
     for i, n_blocks in enumerate(settings["blocks"]):
         last = i == len(settings["blocks"]) - 1
         text = f"{n_blocks} x Conv-MLP block" + ("" if last else "\nconv 3x3, stride 2")
@@ -127,10 +124,9 @@ def draw_architecture(path: Path) -> None:
     mlp = ["LayerNorm", "Linear", "GELU", "Linear"]
     x = 1.0
     _label(below, 0.45, "Conv-MLP block\n(h, w, dim)")
-    for group, colour, residual in (
-        (mlp, "#bcd9f0", True),
-        (["LayerNorm", "depthwise\nconv 3x3"], "#f6d6ad", False),
-    ) + ((mlp, "#bcd9f0", True),):
+    spatial = ["LayerNorm", "depthwise\nconv 3x3"]
+    groups = ((mlp, "#bcd9f0", True), (spatial, "#f6d6ad", False), (mlp, "#bcd9f0", True))
+    for group, colour, residual in groups:
         start = x
         for text in group:
             _arrow(below, x, x + 0.14)
@@ -255,15 +251,16 @@ def main() -> None:
     for classifier in classifiers:
         classifier.title = classifier.name
     with Image.open(PHOTOGRAPHS["cat"]) as image:
-        save_figure(feature_figure(image, classifiers), out / "features.png")
+        save_figure(feature_figure(image, classifiers), out / "features.jpg")
     together = put_together(SHOWN_TOGETHER, 112)
-    save_figure(cam_figure(together, classifiers[:1], SHOWN_TOGETHER), out / "cam.png")
+    save_figure(cam_figure(together, classifiers[:1], SHOWN_TOGETHER), out / "cam.jpg")
     for source in (Path("output/quickstart/curves.png"), Path("output/ablation/ablation.png")):
         if source.exists():
             shutil.copyfile(source, out / source.name)
-    for path in sorted(out.glob("*.png")):  # a palette of 256 colours is a third of the size
+    for path in sorted(out.glob("*.png")):  # drawings: a palette of 256 colours is a third of the size
         with Image.open(path) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+    for path in sorted(out.iterdir()):
         print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 

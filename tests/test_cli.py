@@ -20,6 +20,8 @@ import convmlp.timm_models  # noqa: F401
 from convmlp import classification, cli
 from convmlp.classifier import Classifier, open_any, open_classifier
 from convmlp.errors import RunError
+from convmlp.export import export
+from convmlp.info import measure
 from convmlp.predict import Guess, draw, predict
 from convmlp.results import drawn_names
 from convmlp.visualize import activation_map, feature_figure, feature_maps, filter_figure, first_filters
@@ -122,8 +124,8 @@ def test_every_verb_has_a_manual(verb, capsys):
         ("predct cat.png", "unknown verb predct; did you mean predict?"),
         ("predict", "the following arguments are required: IMAGE"),
         ("predict x.png --topkk 3", "unknown option --topkk; did you mean --topk?"),
-        ("predict x.png --topk 0", "argument --topk: must be positive, got 0"),
-        ("predict x.png --topk many", "argument --topk: invalid positive value: 'many'"),
+        ("predict x.png --topk 0", "argument --topk: is a whole number from 1 on, got 0"),
+        ("predict x.png --topk many", "argument --topk: is a whole number from 1 on, got many"),
         ("predict nowhere.png", "no such picture, folder or pattern: nowhere.png"),
         ("predict {empty}", "no pictures in the folder {empty}"),
         ("predict {photo} --model convmlp_x", "unknown --model convmlp_x; did you mean convmlp_"),
@@ -140,13 +142,18 @@ def test_every_verb_has_a_manual(verb, capsys):
         ("predict {photo} --json {photo}/x.json", "cannot write into the output folder {photo}"),
         ("predict {photo} --csv {empty}", "cannot write {empty}: it is a folder"),
         ("predict {photo} --save-dir {photo}", "cannot write into the output folder {photo}"),
-        ("predict {photo} --json - --csv -", "cannot share the screen"),
+        ("predict {photo} --json - --csv -", "--json and --csv cannot both be -"),
+        ("predict {photo} --json x --csv x", "--json and --csv cannot both be x"),
+        ("predict {photo} --topk 1 b.jpg", "unexpected argument b.jpg"),
+        ("predict {photo} --score-threshold high", "--score-threshold: lies between 0 and 1, got high"),
+        ("info convmlp_s convmlp_m --depth 3", "--depth is for the layers of one model"),
+        ("visualize {photo} --kind filters", "takes no picture"),
         ("visualize", "--kind features needs a picture"),
         ("visualize nowhere.png --no-pretrained", "nowhere.png: No such file"),
         ("visualize {photo} --models convmlp_s rsnet50 --no-pretrained", "unknown --model rsnet50; did you mean"),
         ("visualize {photo} --classes cat", "--classes is for --kind cam"),
         ("visualize {photo} --kind cam --classes tabbby --no-pretrained", "knows no class tabbby; did you mean tabby?"),
-        ("visualize {photo} --no-pretrained --out {empty}/x.xyz", "x.xyz"),
+        ("visualize {photo} --no-pretrained --out {empty}/x.xyz", "x.xyz: its suffix is one of"),
         ("info convmlp_xx", "unknown --model convmlp_xx"),
         ("info nowhere.pth", "no such checkpoint: nowhere.pth"),
         ("export convmlp_s --no-pretrained --format onx", "invalid choice: 'onx'"),
@@ -210,7 +217,7 @@ def test_predict_writes_tables_and_drawings_and_passes_over_what_is_no_picture(t
     call = ["predict", folder, "--checkpoint", trained / "best.pth", "--topk", 2]
     run = convmlp_command(*call, "--csv", "-", "--save-dir", out)
     assert run.returncode == 1
-    assert f"skipped: {folder / 'broken.jpg'}: not a picture\n1 of 3 pictures could not be read\n" in run.stderr
+    assert f"skipped: {folder / 'broken.jpg'}: not a picture\n1 of 3 pictures were left out\n" in run.stderr
     rows = list(csv.DictReader(run.stdout.splitlines()))
     assert [(row["picture"], row["rank"]) for row in rows] == [
         (str(folder / f"{i}.png"), r) for i in "01" for r in "12"
@@ -261,10 +268,85 @@ def test_the_drawing_names_its_classes_below_a_picture_of_any_shape():
 
 
 def test_drawings_of_pictures_of_one_name_do_not_overwrite_each_other():
-    paths = [Path(p) for p in ("x/a.png", "y/a.png", "y/b.png", "y/b.jpg")]
+    names = [*("x/a.png", "y/a.png", "y/b.png", "y/b.jpg", "y_a.png"), *("a/b_c.png", "a_b/c.png", "x/c.png", "A.png")]
+    paths = [Path(name) for name in names]
     names = drawn_names(paths)
-    assert len(set(names)) == 4 and all(name.endswith(".png") and "/" not in name for name in names)
+    assert len({name.lower() for name in names}) == len(paths) and all(
+        name.endswith(".png") and "/" not in name for name in names
+    )
     assert drawn_names([Path("x/a.jpg"), Path("y/b.png")]) == ["a.png", "b.png"]
+
+
+def test_the_pictures_themselves_are_never_replaced(trained, digits, tmp_path, fails):
+    original = sorted((digits / "val" / "one").iterdir())[0].read_bytes()
+    (tmp_path / "own.png").write_bytes(original)
+    call = ("predict", tmp_path, "--checkpoint", trained / "best.pth", "--save-dir", tmp_path)
+    assert "own.png would be replaced" in fails(*call)
+    assert (tmp_path / "own.png").read_bytes() == original
+
+
+def test_what_is_no_file_is_written_into_and_a_link_stays(trained, digits, tmp_path, capsys):
+    (tmp_path / "target.csv").write_text("old")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "target.csv")
+    call = ["predict", str(digits / "val" / "one"), "--checkpoint", str(trained / "best.pth"), "--csv"]
+    assert cli.main([*call, str(tmp_path / "link.csv")]) == 0
+    assert (tmp_path / "link.csv").is_symlink() and (tmp_path / "target.csv").read_text().startswith("picture,rank")
+    assert cli.main([*call, "/dev/null"]) == 0 and Path("/dev/null").is_char_device()
+    capsys.readouterr()
+
+
+def test_names_of_any_letters_are_drawn_and_written(trained, digits, tmp_path):
+    strange = tmp_path / os.fsdecode(b"caf\xe9.png")
+    strange.write_bytes(sorted((digits / "val" / "one").iterdir())[0].read_bytes())
+    call = ["predict", tmp_path, "--checkpoint", trained / "best.pth", "--json", "-"]
+    run = convmlp_command(*call)
+    assert run.returncode == 0, run.stderr
+    assert Path(json.loads(run.stdout)["predictions"][0]["picture"]) == strange
+    texts = [
+        np.asarray(draw(Image.new("RGB", (300, 300)), [Guess(0, name, 0.0)])) for name in ("Größe", "Gr__e", "жук")
+    ]
+    assert all((a != b).any() for a, b in zip(texts, texts[1:], strict=False))
+
+
+def test_output_that_nobody_takes_is_no_bug(trained, digits):
+    command = f"'{Path(sys.executable).with_name('convmlp')}' predict '{digits / 'val' / 'one'}' --checkpoint "
+    command += f"'{trained / 'best.pth'}'"
+    for rest, code, message in (
+        (">&-", 0, ""),
+        ("--csv - > /dev/full", 2, "No space left"),
+        ("| true; exit ${PIPESTATUS[0]}", 0, ""),
+    ):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        call = ["bash", "-c", f"{command} {rest}"]
+        run = subprocess.run(call, env=env, capture_output=True, text=True, timeout=120)
+        assert run.returncode == code and message in run.stderr and "bug" not in run.stderr, (rest, run)
+
+
+def test_weights_that_give_no_numbers_are_an_error(trained, digits, tmp_path, fails):
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    checkpoint["state_dict"]["head.bias"].fill_(float("nan"))
+    torch.save(checkpoint, tmp_path / "nan.pth")
+    assert "not finite" in fails("predict", digits / "val" / "one", "--checkpoint", tmp_path / "nan.pth")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("class_names", "abc"),
+        ("class_names", [1, 2, 3]),
+        ("class_names", {"one": 1}),
+        ("args", ["--model"]),
+        ("args", {"model_kwargs": "x=1"}),
+        ("data_config", [1, 2]),
+        ("data_config", {"mean": [0.5]}),
+        ("data_config", {"input_size": [1, 40, 40], "interpolation": "cubic"}),
+    ],
+)
+def test_a_checkpoint_that_says_odd_things_is_refused(key, value, trained, digits, tmp_path, fails):
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    torch.save({**checkpoint, key: value}, tmp_path / "odd.pth")
+    error = fails("predict", digits / "val" / "one", "--checkpoint", tmp_path / "odd.pth")
+    assert "odd.pth" in error and key in error
 
 
 # Opening a classifier
@@ -310,6 +392,39 @@ def test_weights_of_any_timm_model_open_by_its_name(tmp_path):
     assert classifier.class_names == ["cat", "dog", "New York"]
     x = torch.randn(1, 3, 64, 64)
     assert classifier.model(x).equal(model(x))
+
+
+def test_models_of_one_image_size_open_at_the_size_they_were_trained_with(digits, tmp_path):
+    call = f"--output {tmp_path} --experiment vit --model vit_tiny_patch16_224 --img-size 64 --epochs 1 "
+    call += f"--warmup-epochs 0 --batch-size 10 --workers 0 {digits}"
+    assert classification.main(call.split()) == 0
+    path = str(tmp_path / "vit" / "best.pth")
+    classifier = open_any(path, device="cpu")
+    assert predict([digits / "val" / "one" / p for p in os.listdir(digits / "val" / "one")], classifier)[1] == []
+    with pytest.raises(RunError, match="works at its own 64 px alone"):
+        open_any(path, img_size=96)
+
+
+def test_models_of_one_image_size_can_be_built_for_another(make_classifier):
+    classifier = make_classifier("mixer_s32_224", img_size=64)
+    assert measure(classifier.model, classifier.data_config["input_size"]).macs > 0
+
+
+def test_a_folder_of_hugging_face_is_opened_by_its_own_path(trained, tmp_path):
+    own = open_classifier(checkpoint=str(trained / "best.pth"))
+    export(own, tmp_path / "folder", "safetensors")
+    x = torch.randn(2, 1, 40, 40)
+    for path in (tmp_path / "folder", tmp_path / "folder" / "model.safetensors"):
+        classifier = open_any(str(path))
+        assert classifier.class_names == CLASSES and classifier.data_config["crop_pct"] == 1.0
+        assert classifier.model(x).equal(own.model(x))
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n"])
+def test_the_last_name_needs_no_line_of_its_own_behind_it(end, trained, tmp_path):
+    (tmp_path / "names.txt").write_text("a\nb\nc" + end)
+    classifier = open_classifier(checkpoint=str(trained / "best.pth"), class_map=str(tmp_path / "names.txt"))
+    assert classifier.class_names == ["a", "b", "c"]
 
 
 def test_names_that_do_not_fit_the_classes_are_refused(tmp_path, trained):
@@ -405,7 +520,8 @@ def test_the_figure_has_a_row_for_each_model(make_classifier, photo):
 @pytest.mark.parametrize("kind", ["features", "cam", "filters"])
 def test_visualize_writes_a_picture(trained, photo, tmp_path, kind):
     models = [trained / "best.pth", "resnet10t"]
-    call = ["visualize", photo, "--kind", kind, "--no-pretrained", "--img-size", 96, "--models", *models]
+    pictures = [] if kind == "filters" else [photo, "--img-size", 96]
+    call = ["visualize", *pictures, "--kind", kind, "--no-pretrained", "--models", *models]
     run = convmlp_command(*call, cwd=tmp_path)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", f"drawn: {kind}.png\n")
     with Image.open(tmp_path / f"{kind}.png") as figure:
@@ -431,6 +547,20 @@ def test_info_measures_any_model(capsys):
     assert "11 689 512" in out and "1.814 G" in out and "2.48 M" in out  # as timm's results table has them
     layer4 = next(line.split() for line in out.splitlines() if "layer4" in line)
     assert layer4[:8] == ["layer4", "Sequential", "512", "x", "7", "x", "7", "32"]
+
+
+def test_activations_of_attention_are_the_same_fused_or_not(monkeypatch):
+    fused = measure(timm.create_model("vit_tiny_patch16_224"), (3, 224, 224))
+    monkeypatch.setattr("timm.layers.attention.use_fused_attn", lambda *args, **kwargs: False)
+    plain = measure(timm.create_model("vit_tiny_patch16_224"), (3, 224, 224))
+    assert fused.activations == plain.activations and fused.macs == plain.macs
+
+
+def test_measuring_leaves_a_model_in_training_as_it_was():
+    model = timm.create_model("convmlp_s").train()
+    strides = {layer.name: layer.stride for layer in measure(model, (3, 100, 100)).layers}
+    assert model.training and model.norm.training
+    assert [strides[name] for name in ("tokenizer", "conv_stages", "stages.0", "stages.2")] == [4, 8, 16, 32]
 
 
 def test_layers_add_up_to_the_model(capsys):

@@ -544,7 +544,7 @@ def test_the_command_gives_json_draws_and_counts_what_is_no_picture(base, runs, 
     call = [pictures, "--config", config, "--checkpoint", checkpoint]
     call += ["--score-threshold", 0.0] if base == MASKRCNN else []
     run = command(*call, "--json", "-", "--save-dir", tmp_path / "drawn")
-    assert run.returncode == 1 and "skipped: " in run.stderr and "1 of 3 pictures could not be read" in run.stderr
+    assert run.returncode == 1 and "skipped: " in run.stderr and "1 of 3 pictures were left out" in run.stderr
     rows = json.loads(run.stdout)["predictions"]
     assert [Path(row.pop("picture")).name for row in rows] == ["0.png", "1.png"]
     found = [to_json(predict(models[base], [picture(90, 60, seed=i)])[0], FRUIT, 0.0) for i in range(2)]

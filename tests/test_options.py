@@ -216,6 +216,19 @@ def test_arguments_of_the_model_stand_before_the_data(separator):
     assert options.model_kwargs == {"a": 1, "b": False, "c": [1, 2]} and options.data_dir == "DATA"
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-6", 1e-6), ("None", None), ("null", None), ("(1,2)", (1, 2)), ("true", True), ("gelu", "gelu"), ("'1'", "1")],
+)
+def test_values_of_arguments_are_as_python_or_yaml_has_them(text, value):
+    assert parse_options(["--model-kwargs", f"x={text}"]).model_kwargs == {"x": value}
+
+
+def test_small_numbers_and_nothing_survive_a_config(tmp_path):
+    (tmp_path / "config.yml").write_text("model_kwargs:\n  ls_init_value: 1.0e-6\n  act: null\n")
+    assert parse_options(["-c", str(tmp_path / "config.yml")]).model_kwargs == {"ls_init_value": 1e-6, "act": None}
+
+
 def test_arguments_of_the_model_in_a_config(tmp_path):
     path = tmp_path / "config.yml"
     path.write_text("model_kwargs:\n  conv_stage: false\n  dims: [8, 16, 24]\n")
@@ -225,7 +238,7 @@ def test_arguments_of_the_model_in_a_config(tmp_path):
     assert parse_options(["-c", str(path)]).model_kwargs == options.model_kwargs
 
 
-@pytest.mark.parametrize("text", ["conv_stage", "=1", "a="])
+@pytest.mark.parametrize("text", ["conv_stage", "=1", "a=", "a=[1"])
 def test_an_argument_of_the_model_without_name_or_value_is_named(text):
-    with pytest.raises(RunError, match="--model-kwargs: it takes KEY=VALUE, got"):
+    with pytest.raises(RunError, match=r"--model-kwargs: (it takes KEY=VALUE, got|\[1 is no value)"):
         parse_options(["--model-kwargs", text])

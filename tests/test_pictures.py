@@ -99,6 +99,18 @@ def test_16_bits_are_scaled_to_8(tmp_path):
     assert pixels(read_picture(tmp_path / "deep.png", "L")).tolist() == (values // 256).tolist()
 
 
+@pytest.mark.parametrize(("dtype", "top"), [("float32", 1.0), ("float32", 255), ("float32", 65535), ("int32", 255)])
+def test_numbers_of_other_types_are_scaled_by_what_they_reach(tmp_path, dtype, top):
+    values = np.linspace(0, 1, 60 * 40).reshape(40, 60)
+    Image.fromarray((values * top).astype(dtype)).save(tmp_path / "x.tiff")
+    assert np.abs(pixels(read_picture(tmp_path / "x.tiff", "L")) - values * 255).max() <= 1.5
+
+
+def test_an_empty_text_is_no_folder():
+    with pytest.raises(RunError, match="only an empty text"):
+        find_pictures("")
+
+
 def test_an_animation_gives_its_first_frame(tmp_path, photo):
     photo.save(tmp_path / "x.gif", save_all=True, append_images=[photo.transpose(Image.Transpose.ROTATE_180)] * 2)
     assert np.abs(pixels(read_picture(tmp_path / "x.gif")) - pixels(photo)).mean() < 8

@@ -1,6 +1,7 @@
 """A classifier ready for use: its weights, the names of its classes, and how it takes its pictures."""
 
 import logging
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,9 +97,13 @@ def open_classifier(
     chosen = choose_device(device)
     if img_size is not None and img_size < 32:
         raise RunError(f"--img-size is 32 px or more, got {img_size}")
+    folder = _hub_folder(checkpoint)
+    if folder:
+        model, checkpoint = f"local-dir:{folder}", None
     if checkpoint is None:
         name = model or "convmlp_s"
-        network = create_by_name(name, pretrained)
+        settings = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
+        network = create_by_name(name, pretrained, **settings)
         about: dict[str, Any] = {}
         title = name if pretrained else f"{name} (random weights)"
     else:
@@ -111,7 +116,9 @@ def open_classifier(
             raise RunError(f"{class_map} names {len(given)} classes, {checkpoint or name} has {len(class_names)}")
         class_names = given
     config = about.get("data_config") or _data_config(network)
-    if img_size:
+    if img_size and img_size != config["input_size"][-1]:
+        if checkpoint and has_fixed_size(name):
+            raise RunError(f"--img-size: {title} works at its own {config['input_size'][-1]} px alone")
         config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
     return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title)
 
@@ -119,7 +126,8 @@ def open_classifier(
 def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
     """A classifier by one text, the name of a model or a checkpoint; other arguments as for `open_classifier`."""
     path = Path(model_or_checkpoint)
-    if path.is_file() or path.suffix in CHECKPOINT_SUFFIXES or "://" in model_or_checkpoint:
+    is_there = path.is_file() or _hub_folder(model_or_checkpoint) is not None
+    if is_there or path.suffix in CHECKPOINT_SUFFIXES or "://" in model_or_checkpoint:
         return open_classifier(checkpoint=model_or_checkpoint, **settings)
     return open_classifier(model_or_checkpoint, **settings)
 
@@ -130,20 +138,23 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str,
     try:
         content = read_checkpoint(path)
     except CheckpointError as error:
-        hint = "; one of a detector or segmentor needs its --config FILE" if "holds more than" in str(error) else ""
+        hint = "; one of a detector or segmentor needs its --config FILE" if zipfile.is_zipfile(path) else ""
         raise CheckpointError(f"{error}{hint}") from error
     weights = extract_state_dict(content, name=str(path))
     about = content if isinstance(content, Mapping) and isinstance(content.get("arch"), str) else {}
+    _check_about(about, path)
     args = about.get("args") or {}
     if any(key.startswith("backbone.") for key in weights):
         raise RunError(f"{path} is a detector or segmentor: name its config too, --config FILE")
     if about and model and model != about["arch"]:
         raise RunError(f"{path} is of {about['arch']}, not of --model {model}; it needs no --model")
-    name = model or about.get("arch") or _published_name(path, weights) or fitting_variant(weights)
+    name = model or about.get("arch") or _published_name(checkpoint, weights) or fitting_variant(weights)
     if name is None:
         raise RunError(f"{path} does not tell its model: --model NAME")
     check_name("--model", name)
     settings = {"global_pool": args["gp"]} if args.get("gp") else {}
+    if about and has_fixed_size(name):
+        settings["img_size"] = about["data_config"]["input_size"][-1]
     head, first_conv = (weights.get(f"{layer}.weight") for layer in layer_names(name))
     if head is None:
         raise RunError(f"{path} holds no head of {name}, so it cannot classify")
@@ -161,11 +172,43 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str,
     return name, network, about
 
 
-def _published_name(path: Path, weights: Mapping[str, torch.Tensor]) -> str | None:
+def _check_about(about: Mapping[str, Any], path: Path) -> None:
+    """What a checkpoint says beside its weights, in the form that classification.py gives it."""
+    if not about:
+        return
+    names, args, config = (about.get(key) for key in ("class_names", "args", "data_config"))
+    sides = config.get("input_size") if isinstance(config, Mapping) else None
+    right = {
+        "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
+        "args": isinstance(args, Mapping) and isinstance(args.get("model_kwargs", {}), Mapping),
+        "data_config": isinstance(sides, (list, tuple)) and len(sides) == 3 and all(isinstance(n, int) for n in sides),
+    }
+    for key, holds in right.items():
+        if not holds:
+            raise CheckpointError(f"{path} is no checkpoint of classification.py: its {key} is {about.get(key)!r:.80}")
+    try:
+        create_transform(**config)
+    except Exception as error:  # of whatever the values lead to
+        raise CheckpointError(f"{path}: its data_config cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _hub_folder(checkpoint: str | None) -> Path | None:
+    """The folder of a model in Hugging Face's form, by its own path or that of the weights in it."""
+    path = Path(checkpoint or "nowhere")
+    folder = path.parent if path.name == "model.safetensors" else path
+    return folder if (folder / "config.json").is_file() and path.exists() else None
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a timm model is built for one image size."""
+    return not name.startswith(SOURCES) and bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+
+
+def _published_name(source: str, weights: Mapping[str, torch.Tensor]) -> str | None:
     """The timm name of a published file, which says how it was normalised: convmlp_s_cifar10.pth has its own way."""
     names = [name for variant in VARIANTS for name in timm.list_pretrained(f"{variant}.*")]
     files = {published_file(name): name for name in names}
-    return files.get(path.name) if fitting_variant(weights) else None
+    return files.get(source.rpartition("/")[2]) if fitting_variant(weights) else None
 
 
 def _data_config(network: nn.Module) -> dict[str, Any]:
@@ -204,7 +247,7 @@ def _class_names(network: nn.Module) -> list[str]:
 
 def _read_lines(path: str) -> list[str]:
     try:
-        return Path(path).read_text(encoding="utf-8-sig").split("\n")[: -1 or None]
+        return Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"cannot read the class names in {path}: {getattr(error, 'strerror', error)}") from error
 
@@ -221,7 +264,7 @@ def create_by_name(
     check_name(option, name)
     urls = [mirror + published_file(name) for mirror in MIRRORS] if pretrained and is_ours(name) else []
     if pretrained and not urls and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
-        raise RunError(f"{option} {name}: there are no published weights; --checkpoint FILE, or --no-pretrained")
+        raise RunError(f"{option} {name}: there are no published weights of it, only a checkpoint of your own can do")
     if urls:
         download(urls, progress)
     try:

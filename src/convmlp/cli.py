@@ -1,6 +1,7 @@
 """The console command `convmlp`: one verb a function. Each imports what it needs when it runs."""
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ from . import __version__
 from .errors import RunError, suggest
 from .files import check_writable, make_folder, write_atomically
 
-EXIT_CODES = "exit codes: 0 done, 1 some pictures could not be read, 2 a mistake in the call or a file, 3 a bug"
+EXIT_CODES = "exit codes: 0 done, 1 some pictures were left out, 2 a mistake in the call or a file, 3 a bug"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -65,7 +66,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     sub = verb("export", _export, "Write a model for other programs, and check the file against PyTorch.")
     add = sub.add_argument
-    add("model", metavar="CHECKPOINT|MODEL", help="a checkpoint, or a timm name")
+    add("source", metavar="CHECKPOINT|MODEL", help="a checkpoint, or a timm name")
+    add("--model", metavar="NAME", help="the timm name of a checkpoint that does not tell its model")
     add("--format", choices=["onnx", "torch-export", "torchscript", "safetensors"], default="onnx")
     add("--output", metavar="PATH", help="file, or folder for safetensors; by default named by the model")
     add("--overwrite", action="store_true", help="replace what is there")
@@ -81,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default all of ours")
     add("--img-size", type=positive, metavar="PX", help="side of the square the model sees")
     add("--layers", action="store_true", help="the layers of several models")
-    add("--depth", type=positive, default=2, metavar="N", help="how deep into the layers (2)")
+    add("--depth", type=positive, metavar="N", help="how deep into the layers (2)")
     add("--markdown", action="store_true", help="tables for a README")
 
     verb("doctor", _doctor, "What is installed, whether it works, and the pip line for what is missing.")
@@ -102,14 +104,16 @@ def _add_pretrained(sub: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"is a whole number from 1 on, got {text}")
+    return int(text)
 
 
 def share(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"lies between 0 and 1, got {text}")
     return number
@@ -119,11 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     """The command; see EXIT_CODES."""
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its ten attempts
     try:
         options = parse(argv)
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except RunError as error:
         if debug:
             raise
@@ -144,6 +155,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # such as `convmlp predict ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # such as a full disk
+        if debug:
+            raise
+        _say(f"convmlp: error: {error}")
+        return 2
     except Exception as error:
         if debug:
             raise
@@ -162,6 +178,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], verbs) or '; there are ' + ', '.join(verbs)}")
     options, unknown = parser.parse_known_args(argv)
+    if unknown and not unknown[0].startswith("-"):
+        raise RunError(f"unexpected argument {unknown[0]}; pictures and models stand together, before the options")
     if unknown:
         names = [name for action in verbs[options.verb]._actions for name in action.option_strings]
         raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
@@ -169,19 +187,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from . import results
     from .pictures import find_pictures
 
     paths = list(dict.fromkeys(path for place in options.pictures for path in find_pictures(place)))
     for file in (options.json, options.csv):
         if file and file != "-":
             check_writable(Path(file))
-    if options.json == options.csv == "-":
-        raise RunError("--json - and --csv - cannot share the screen")
-    if options.save_dir:
+    if options.json and options.json == options.csv:
+        raise RunError(f"--json and --csv cannot both be {options.json}")
+    if options.save_dir is not None:
         make_folder(Path(options.save_dir))
+        inputs = {path.resolve() for path in paths}
+        for name in results.drawn_names(paths):
+            if (Path(options.save_dir) / name).resolve() in inputs:
+                raise RunError(f"--save-dir {options.save_dir} holds the pictures themselves: {name} would be replaced")
     rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths)
-
-    from . import results
 
     _write(options.json, lambda file: results.write_json(file, rows, unreadable))
     _write(options.csv, lambda file: results.write_csv(file, rows))
@@ -192,7 +213,7 @@ def _predict(options: argparse.Namespace) -> int:
     for error in unreadable:
         _say(f"skipped: {error}")
     if unreadable:
-        _say(f"{len(unreadable)} of {len(paths)} pictures could not be read")
+        _say(f"{len(unreadable)} of {len(paths)} pictures were left out")
     return 1 if unreadable else 0
 
 
@@ -216,17 +237,15 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
     )
     topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
     predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
-    if options.save_dir:
-        names = drawn_names([prediction.path for prediction in predictions])
-        for name, prediction in zip(names, predictions, strict=True):
-            drawn = predict.draw(read_picture(prediction.path), prediction.best)
-            write_atomically(Path(options.save_dir) / name, drawn.save)
+    names = dict(zip(paths, drawn_names(paths), strict=True))
+    for prediction in predictions if options.save_dir else []:
+        drawn = predict.draw(read_picture(prediction.path), prediction.best)
+        write_atomically(Path(options.save_dir) / names[prediction.path], drawn.save)
     small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
     if small:
         (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
-        _say(
-            f"enlarged to {side} px: {len(small)} of {len(paths)} pictures, such as {small[0].path}, {width}x{height} px"
-        )
+        example = f"{small[0].path}, {width}x{height} px"
+        _say(f"enlarged to {side} px: {len(small)} of {len(paths)} pictures, such as {example}")
     return [prediction.row() for prediction in predictions], unreadable
 
 
@@ -272,17 +291,21 @@ def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> N
 
 def _visualize(options: argparse.Namespace) -> None:
     out = Path(options.out or f"{options.kind}.png")
+    out = out if out.suffix else out.with_suffix(".png")
     check_writable(out)
     if not options.image and options.kind != "filters":
         raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE, before --models")
+    if options.kind == "filters" and (options.image or options.img_size):
+        raise RunError("--kind filters shows what the models are made of: it takes no picture and no --img-size")
     if options.classes and options.kind != "cam":
         raise RunError("--classes is for --kind cam")
 
     from . import visualize
     from .classifier import open_any
-    from .figures import save_figure
+    from .figures import check_format, save_figure
     from .pictures import read_picture
 
+    check_format(out)
     image = read_picture(options.image) if options.image else None
     classifiers = [
         open_any(model, pretrained=options.pretrained, device=options.device, img_size=options.img_size)
@@ -294,18 +317,19 @@ def _visualize(options: argparse.Namespace) -> None:
         figure = visualize.feature_figure(image, classifiers)
     else:
         figure = visualize.cam_figure(image, classifiers, options.classes or ())
-    try:
-        save_figure(figure, out)
-    except ValueError as error:  # a suffix that matplotlib does not know
-        raise RunError(f"--out {out}: {error}") from error
+    save_figure(figure, out)
     _say(f"drawn: {out}")
 
 
 def _export(options: argparse.Namespace) -> None:
-    from .classifier import open_any
+    from .classifier import open_any, open_classifier
     from .export import SUFFIXES, export
 
-    classifier = open_any(options.model, pretrained=options.pretrained, device="cpu", img_size=options.img_size)
+    settings = dict(pretrained=options.pretrained, device="cpu", img_size=options.img_size)
+    if options.model:
+        classifier = open_classifier(options.model, options.source, **settings)
+    else:
+        classifier = open_any(options.source, **settings)
     report = export(
         classifier,
         options.output or classifier.model.pretrained_cfg["architecture"] + SUFFIXES[options.format],
@@ -327,6 +351,8 @@ def _info(options: argparse.Namespace) -> None:
     from . import info
     from .classifier import open_any
 
+    if options.depth and not options.layers and len(options.models) != 1:
+        raise RunError("--depth is for the layers of one model, or of several with --layers")
     rows = []
     for model in options.models or info.OURS:
         classifier = open_any(model, pretrained=False, device="cpu", img_size=options.img_size)
@@ -334,7 +360,7 @@ def _info(options: argparse.Namespace) -> None:
         rows.append((model, info.measure(classifier.model, size), size[-1]))
     if options.layers or len(options.models) == 1:
         for name, cost, _ in rows:
-            _show(info.layer_table(cost, options.depth, options.markdown), f"{name}:" if len(rows) > 1 else "")
+            _show(info.layer_table(cost, options.depth or 2, options.markdown), f"{name}:" if len(rows) > 1 else "")
     _show(info.cost_table(rows, options.markdown))
     if not options.models:
         _show(info.downstream_table(options.markdown))
@@ -370,7 +396,7 @@ def _write(place: str | None, write: Callable[[TextIO], None]) -> None:
     elif place:
 
         def fill(temporary: Path) -> None:
-            with open(temporary, "w", encoding="utf-8") as file:
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
                 write(file)
 
         write_atomically(Path(place), fill)
@@ -382,8 +408,11 @@ def _say(message: str) -> None:
 
 
 def _show(table: Any, title: str = "") -> None:
-    """Print a table of rich, never narrower than its content where nobody looks at a terminal."""
+    """Print a table of rich, never narrower than its content needs."""
     from rich.console import Console
 
-    width = None if sys.stdout.isatty() else 400
-    Console(width=width, highlight=False).print(*filter(None, [title, table]), sep="\n")
+    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    console.width = max(console.width, console.measure(table).minimum)
+    with console.capture() as text:  # rich itself would end the program where nobody reads on
+        console.print(*filter(None, [title, table]), sep="\n")
+    sys.stdout.write(text.get())

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from PIL import ImageFont
 
+from .errors import RunError
 from .files import write_atomically
 
 
@@ -19,6 +21,22 @@ def save_figure(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"savefig.facecolor": "white"}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts the font lacks
         write_atomically(path, lambda temporary: figure.savefig(temporary))
+
+
+def check_format(path: Path) -> None:
+    """Make sure that matplotlib can write a figure under this name.
+
+    Raises:
+        RunError: it does not know the suffix.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise RunError(f"cannot write a figure as {path}: its suffix is one of {', '.join(sorted(known))}")
+
+
+def picture_font(size: float) -> ImageFont.FreeTypeFont:
+    """A font for texts in pictures, which knows European letters, Greek and Cyrillic."""
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def plain(text: str) -> str:

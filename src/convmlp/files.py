@@ -8,7 +8,13 @@ from .errors import RunError
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was."""
+    """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was.
+
+    A link stays, and what it points to is replaced. What is no file, such as a pipe, is written into.
+    """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        return write(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         write(temporary)
@@ -34,7 +40,8 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder")
-    make_folder(path.parent)
+    if not path.exists() or path.is_file():
+        make_folder(path.parent)
 
 
 def make_folder(folder: Path) -> None:

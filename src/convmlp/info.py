@@ -1,6 +1,6 @@
 """What models cost and score: parameters, multiply-adds, activations, layers, published figures. `convmlp info`."""
 
-from math import prod
+from math import log2, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -55,7 +55,8 @@ class Cost(NamedTuple):
 
 @torch.inference_mode()
 def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
-    """Run a model once on an image of zeros, (c, h, w), and count."""
+    """Run a model once, in evaluation mode, on an image of zeros, (c, h, w), and count."""
+    was_training = model.training
     model.eval()
     device = next(model.parameters()).device
     shapes: dict[str, tuple[int, ...]] = {}
@@ -67,8 +68,10 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         return hook
 
     def outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        first = out_shape if isinstance(out_shape, torch.Size) else out_shape[0]  # attention also gives statistics
-        return prod(first)
+        if isinstance(out_shape, torch.Size):
+            return prod(out_shape)
+        query, key = args[:2]  # attention in one operator, two products: (b, heads, n, n), then its values
+        return prod(query[:-1]) * key[-2] + prod(out_shape[0])
 
     hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]
     values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, outputs))
@@ -79,6 +82,7 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     finally:
         for hook in hooks:
             hook.remove()
+        model.train(was_training)
     root = type(model).__name__
     counts = operations.get_flop_counts()
     layers = []
@@ -111,7 +115,8 @@ def _stride(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int | N
     if len(shape) != 4:
         return None
     side = shape[2] if shape[2] == shape[3] else shape[1]
-    return round(input_size[1] / side)
+    stride = input_size[1] / side
+    return round(stride) if input_size[1] % 32 == 0 else 2 ** round(log2(stride))
 
 
 def cost_table(models: list[tuple[str, Cost, int]], markdown: bool = False) -> Table:

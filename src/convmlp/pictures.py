@@ -24,6 +24,8 @@ def find_pictures(place: str | Path) -> list[Path]:
     Raises:
         RunError: there is no such file, or no picture in the folder.
     """
+    if not str(place):
+        raise RunError("no picture, folder or pattern was named, only an empty text")
     path = Path(place)
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
@@ -61,9 +63,17 @@ def read_picture(path: str | Path, mode: str = "RGB") -> Image.Image:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """An image as RGB or L: 16 bits are scaled to 8, what is transparent becomes white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip instead of scale
-        image = Image.fromarray(np.clip(np.asarray(image) // 256, 0, 255).astype(np.uint8))
+    """An image as RGB or L: 16 bits are scaled to 8, what is transparent becomes white.
+
+    Floating point values and long integers count up to 1, 255 or 65535, the first that is enough.
+    """
+    if image.mode.startswith(("I", "F")):  # which Pillow would clip instead of scale
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        if image.mode.startswith("I;16") or values.max() > 255:
+            values = values // 256
+        elif image.mode == "F" and values.max() <= 1:
+            values = values * 255
+        image = Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         white.alpha_composite(image.convert("RGBA"))

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from .classifier import Classifier
+from .errors import RunError
+from .figures import picture_font
 from .pictures import UnreadablePicture, read_picture
 
 SMALLEST_DRAWN, LARGEST_DRAWN = 384, 1280  # pixels; labels would cover a small picture
@@ -87,7 +89,10 @@ def predict(
 @torch.inference_mode()
 def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Tensor:
     """Probabilities of Pillow images, (b, classes), float32 on the CPU."""
-    return classifier.model(classifier.preprocess(images)).float().softmax(1).cpu()
+    probabilities = classifier.model(classifier.preprocess(images)).float().softmax(1).cpu()
+    if not probabilities.isfinite().all():
+        raise RunError(f"{classifier.title} gives values that are not finite: its weights are damaged")
+    return probabilities
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -103,7 +108,7 @@ def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
     image = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
     width = max(image.width, SMALLEST_DRAWN)
     line = width // 20
-    font = ImageFont.load_default(line * 0.62)
+    font = picture_font(line * 0.55)
     sheet = Image.new("RGB", (width, image.height + line * len(best) + line // 2), "white")
     sheet.paste(image, ((width - image.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
@@ -113,7 +118,7 @@ def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
         share = f"{100 * guess.probability:.1f} %"
         right = width - line // 3 - pen.textlength(share, font)
         pen.text((right, top + line / 2), share, "black", font, anchor="lm")
-        name = guess.name
+        name = " ".join(guess.name.split())
         while pen.textlength(name, font) > right - line:
             name = name.rstrip("…")[:-1] + "…"
         pen.text((line // 3, top + line / 2), name, "black", font, anchor="lm")

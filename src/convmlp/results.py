@@ -6,6 +6,7 @@ pixels) and mask (COCO's run-length code).
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ SHARES = ("probability", "score", "share")
 def make_table(rows: Sequence[Row]) -> Table:
     """A line for each thing found."""
     lines = [(row["picture"], found) for row in rows for found in _found(row) or [{}]]
-    measure = next((key for _, found in lines for key in found if key in SHARES), "probability")
+    usual = "score" if any("detections" in row for row in rows) else "probability"
+    measure = next((key for _, found in lines for key in found if key in SHARES), usual)
     table = Table(box=box.SIMPLE)
     table.add_column("picture", overflow="fold")
     table.add_column("class", overflow="fold")
@@ -42,7 +44,7 @@ def make_table(rows: Sequence[Row]) -> Table:
 def write_json(file: TextIO, rows: Sequence[Row], unreadable: Sequence[Exception]) -> None:
     """An object of two lists: "predictions", the rows, and "unreadable", messages that name the pictures."""
     content = {"predictions": list(rows), "unreadable": [str(error) for error in unreadable]}
-    json.dump(content, file, indent=1, ensure_ascii=False)
+    json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
     file.write("\n")
 
 
@@ -54,9 +56,10 @@ def write_csv(file: TextIO, rows: Sequence[Row]) -> None:
             plain = {key: value for key, value in found.items() if key not in ("box", "mask")}
             plain |= dict(zip(("x1", "y1", "x2", "y2"), found.get("box", ()), strict=False))
             lines.append({"picture": row["picture"], "rank": rank, **plain})
-    writer = csv.DictWriter(
-        file, list(lines[0]) if lines else ["picture", "rank", "index", "name"], lineterminator="\n"
-    )
+    sides = ["x1", "y1", "x2", "y2"] if any("detections" in row for row in rows) else []
+    measure = "score" if sides else "probability"
+    columns = list(lines[0]) if lines else ["picture", "rank", "index", "name", measure, *sides]
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
 
@@ -66,12 +69,12 @@ def _found(row: Row) -> list[dict[str, Any]]:
 
 
 def drawn_names(paths: Sequence[Path]) -> list[str]:
-    """PNG names for drawn pictures, one each: pictures of one name in two folders get their folders' names too."""
-    names = [path.stem for path in paths]
-    depth = 1
-    while len({name.lower() for name in names}) < len(names) and depth < max(len(path.parts) for path in paths):
-        depth += 1
-        names = ["_".join(path.with_suffix("").parts[-depth:]).replace("/", "") for path in paths]
-    if len({name.lower() for name in names}) < len(names):  # a.png and a.jpg
-        names = [f"{name}_{path.suffix.lstrip('.')}" for name, path in zip(names, paths, strict=True)]
+    """PNG names for drawn pictures, one each: where two have one name, the folder's, the suffix or a number helps."""
+    taken: set[str] = set()
+    names = []
+    for path in paths:
+        longer = [path.stem, f"{path.parent.name}_{path.stem}", f"{path.stem}_{path.suffix.lstrip('.')}"]
+        candidates = itertools.chain(longer, (f"{path.stem}_{number}" for number in itertools.count(2)))
+        names.append(next(name for name in candidates if name.lower() not in taken))
+        taken.add(names[-1].lower())
     return [f"{name}.png" for name in names]

@@ -1,4 +1,4 @@
-"""The three published variants, where their weights are, and how weights get into a model."""
+"""The variants, where the published weights are, and how weights get into a model."""
 
 import hashlib
 import logging

@@ -12,7 +12,7 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
 from torch import nn
 
-from ..classifier import SOURCES, check_name, create_by_name, load_weights, per_channel
+from ..classifier import check_name, create_by_name, has_fixed_size, load_weights, per_channel
 from ..errors import RunError
 from ..zoo import CheckpointError, read_checkpoint
 from .loaders import create_mixup
@@ -36,7 +36,7 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
     clash = sorted(settings.keys() & options.model_kwargs)
     if clash:
         raise RunError(f"--model-kwargs {clash[0]}: that has an option of its own")
-    if not options.model.startswith(SOURCES) and timm.get_pretrained_cfg_value(options.model, "fixed_input_size"):
+    if has_fixed_size(options.model):
         settings["img_size"] = options.img_size
     settings = {key: value for key, value in settings.items() if value is not None} | options.model_kwargs
     pretrained = options.pretrained and not options.initial_checkpoint

@@ -6,6 +6,7 @@ values it starts from.
 """
 
 import argparse
+import ast
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -47,7 +48,18 @@ def keywords(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in re.split(r",(?=\w+=)", text)]
     if not all(key.isidentifier() and value for key, _, value in pairs):
         raise argparse.ArgumentTypeError(f"it takes KEY=VALUE, got {text}")
-    return {key: yaml.safe_load(value) for key, _, value in pairs}
+    return {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise argparse.ArgumentTypeError(f"{text} is no value") from None
 
 
 def _join_lists(argv: list[str]) -> list[str]:
@@ -273,8 +285,7 @@ def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: arg
             elif isinstance(action, argparse.BooleanOptionalAction):
                 tokens.append(f"--no-{flag.removeprefix('--')}")
         elif isinstance(value, dict) and action.type is keywords:
-            if value:
-                tokens.append(f"{flag}={','.join(f'{name}={part}' for name, part in value.items())}")
+            setattr(options, key, value)
         elif isinstance(value, list) and action.type is numbers:
             tokens.append(f"{flag}={','.join(map(str, value))}")
         elif isinstance(value, list) and action.nargs is not None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_run_checkpoint(path: str | os.PathLike, trust: bool = False) -> dict[st
         with allowed_classes():
             checkpoint = read_checkpoint(path)
     except CheckpointError as error:
-        hint = "; --trust-checkpoint reads by pickle, which may run code" if "holds more than" in str(error) else ""
+        hint = "; --trust-checkpoint reads by pickle, which may run code" if zipfile.is_zipfile(path) else ""
         raise CheckpointError(f"{error}{hint}") from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} is not a checkpoint")

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as run_lengths
 
+from ..figures import picture_font
 from .hooks import SMALLEST_SIDE
 from .inference import SCORE_THRESHOLD, Colour, Detections, Segmentation, TrainedModel, listed, present
 
@@ -24,8 +23,7 @@ def draw(
     """
     factor = min(math.ceil(SMALLEST_SIDE / min(image.size)), max(1, LARGEST_DRAWN // max(image.size)))
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
-    font_file = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")
-    font = ImageFont.truetype(str(font_file), max(13, round(max(picture.size) / 70)))
+    font = picture_font(max(13, round(max(picture.size) / 70)))
     if isinstance(result, Segmentation):
         return _draw_label_map(model, picture, result, font)
     chosen = listed(result, score_threshold)
