@@ -621,6 +621,7 @@ def test_doctor_names_a_wrong_version_and_two_packages_in_each_others_way(tmp_pa
 def test_doctor_names_what_is_missing_and_what_does_not_import(tmp_path):
     (tmp_path / "onnx").mkdir()
     (tmp_path / "onnx" / "__init__.py").write_text("raise ImportError('libfoo.so: cannot open shared object file')")
+    installed(tmp_path, "onnxscript", "0.1")
     hide = "import importlib.metadata as m\nv = m.version\ndef version(name):\n    if name == 'shtab':\n"
     hide += "        raise m.PackageNotFoundError(name)\n    return v(name)\nm.version = version\n"
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{hide}{RUN_DOCTOR}"
@@ -631,6 +632,8 @@ def test_doctor_names_what_is_missing_and_what_does_not_import(tmp_path):
     ]
     broken = next(line for line in run.stdout.splitlines() if "BROKEN  onnx " in line)
     assert "libfoo.so" in broken and "pip install 'onnx>=1.17'" in broken
+    unfit = next(line for line in run.stdout.splitlines() if "onnxscript " in line)
+    assert unfit.split()[:4] == ["unfit", "onnxscript", "0.1,", "but"]  # of a part that is not installed whole
 
 
 # torch.hub

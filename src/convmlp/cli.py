@@ -377,7 +377,7 @@ def _doctor(options: argparse.Namespace) -> int:
             mend = f"  ->  {finding.mend}" if finding.mend and finding.state != doctor.GOOD else ""
             print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{mend}")
             healthy &= finding.state != doctor.BROKEN
-            missing |= finding.state == doctor.MISSING
+            missing |= finding.state in (doctor.MISSING, doctor.UNFIT)
     what_works = "what is missing is needed only for what its title says" if missing else "everything is there"
     print(f"healthy: {what_works}" if healthy else "not healthy: see BROKEN above")
     return 0 if healthy else 1

@@ -38,10 +38,14 @@ RIVALS = {
     "onedl-mmsegmentation": ("mmsegmentation",),
 }
 GOOD, MISSING, BROKEN = "ok", "missing", "BROKEN"
+UNFIT = "unfit"  # the version is not one asked for
 
 
 class Finding(NamedTuple):
-    """Something looked at: what, how it is ("ok", "missing" or "BROKEN"), in detail, and the line that mends it."""
+    """Something looked at: what, how it is ("ok", "missing", "unfit" or "BROKEN"), in detail, and what mends it.
+
+    Missing and unfit packages matter to those who want the part they belong to; what is broken, to everybody.
+    """
 
     subject: str
     state: str
@@ -54,10 +58,10 @@ def examine() -> Iterator[tuple[str, list[Finding]]]:
     yield "machine", _machine()
     requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
     base = [r for r in requirements if not r.marker or "extra" not in str(r.marker)]
-    yield "models", [*(_package(r) for r in base), _try("torchvision works with this PyTorch", _use_torchvision)]
+    yield "models", [*_packages(base), _try("torchvision works with this PyTorch", _use_torchvision)]
     for extra, purpose in GROUPS.items():
         own = [r for r in requirements if r.marker and f'extra == "{extra}"' in str(r.marker) and r.name != PACKAGE]
-        findings = [_package(r) for r in own]
+        findings = _packages(own)
         if extra == "openmmlab" and not any(finding.state == MISSING for finding in findings):
             findings.append(_try("operators of mmcv", _operators))
         yield f"{purpose} [{extra}]", findings
@@ -87,6 +91,14 @@ def _machine() -> list[Finding]:
     return findings
 
 
+def _packages(requirements: list[Requirement]) -> list[Finding]:
+    """What a part needs. Where some of it is missing nobody wanted the part, and an unfit version does no harm."""
+    findings = [_package(requirement) for requirement in requirements]
+    if any(finding.state == MISSING for finding in findings):
+        return findings
+    return [finding._replace(state=BROKEN) if finding.state == UNFIT else finding for finding in findings]
+
+
 def _package(requirement: Requirement) -> Finding:
     """Whether a package is there, in the version asked for, and can be imported."""
     name = requirement.name
@@ -102,7 +114,7 @@ def _package(requirement: Requirement) -> Finding:
     elif not version:
         return Finding(name, MISSING, "", mend)
     elif not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name, BROKEN, f"{version}, but {requirement.specifier} is needed", mend)
+        return Finding(name, UNFIT, f"{version}, but {requirement.specifier} is needed", mend)
     module = MODULES.get(requirement.name, requirement.name.replace("-", "_"))
     if module in ("mmdet", "mmseg"):  # they need the operators, which are looked at next
         return Finding(name, GOOD, version)
