@@ -1,0 +1,60 @@
+"""Being asked to stop, by Ctrl-C, by a scheduler or by torchrun: a run then saves where it stands, and ends."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+import torch
+import torch.distributed as dist
+
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved what it needs to go on. Its exit code is `STOPPED`."""
+
+
+class StopRequest:
+    """As a context, takes SIGTERM, SIGINT and SIGUSR1 for requests to stop at the end of a step.
+
+    A second SIGINT interrupts at once. Signals come to each process at its own moment, so the processes of a run agree
+    on the step that is the last: by gloo on CPUs, which does not wait for what a GPU computes.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
+        else:
+            self._earlier = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == self.number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def agreed(self) -> str | None:
+        """The name of the signal that any process was sent, or None. All processes call it after the same steps."""
+        number = self.number
+        if self._group is not None:
+            numbers = torch.tensor(number)
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group)
+            number = int(numbers)
+        return signal.Signals(number).name if number else None
+
+
+def leave_signals_to_the_parent(worker: int = 0) -> None:
+    """For processes that load data: they end with the process that they work for, not by signals to all of a job."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
