@@ -4,6 +4,8 @@
 # make ablation                  install, then take the model apart: four steps from Pure-MLP to ConvMLP-S, three seeds (an hour)
 # make pictures                  install, then make the pictures of README and docs (a quarter of an hour)
 # make test                      install, then run the whole test suite
+# make fuzz                      thousands of random inputs (ten minutes); `make test` tries some of them
+# make survive                   kill a training run twenty times, with one process and with two (a quarter of an hour)
 # make test-upstream             the tests of detection and segmentation with OpenMMLab's own packages
 # Each target sets up .venv by itself, once. PYTHON=python3.12 make ... takes another interpreter.
 
@@ -12,7 +14,7 @@ VENV = .venv
 INSTALLED = $(VENV)/.installed
 
 .PHONY: install quickstart quickstart-detection quickstart-segmentation ablation pictures
-.PHONY: test test-upstream lint format clean
+.PHONY: test test-upstream fuzz survive lint format clean
 
 install: $(INSTALLED)
 
@@ -56,6 +58,13 @@ pictures: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+fuzz: $(INSTALLED)
+	CONVMLP_FUZZ=long $(VENV)/bin/python -m pytest $(wildcard tests/test_fuzz*.py) $(ARGS)
+
+survive: $(INSTALLED)
+	$(VENV)/bin/python scripts/survive.py $(ARGS)
+	$(VENV)/bin/python scripts/survive.py --processes 2 $(ARGS)
 
 # Both families of packages bring the modules mmcv, mmengine, mmdet and mmseg: they need environments of their own.
 test-upstream: $(VENV)-upstream/.installed

@@ -2,6 +2,7 @@
 # What the dist_*.sh have in common: run a script of this repository with N processes by torchrun, or with one by itself.
 #   scripts/launch.sh N SCRIPT [arguments of the script]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each.
+# MAX_RESTARTS=3 starts a run that failed again, up to three times; it goes on from its last checkpoint.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 n=$1
@@ -21,7 +22,7 @@ if [[ -z $python ]]; then
     exit 2
 fi
 
-if [[ $n == 1 && ${NNODES:-1} == 1 ]]; then
+if [[ $n == 1 && ${NNODES:-1} == 1 && ${MAX_RESTARTS:-0} == 0 ]]; then
     exec "$python" "$script" "$@"
 fi
 cores=$("$python" -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
@@ -32,4 +33,4 @@ else
     where=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m convmlp.launch "${where[@]}" --nproc-per-node "$n" "$script" "$@"
+exec "$python" -m convmlp.launch "${where[@]}" --nproc-per-node "$n" --max-restarts "${MAX_RESTARTS:-0}" "$script" "$@"

@@ -82,7 +82,7 @@ def test_a_run_leaves_checkpoints_figures_and_pictures(run, caplog):
     best_top1 = max(float(row["eval_top1"]) for row in rows)
     assert right / 15 * 100 == pytest.approx(best_top1)
     assert f"({right} of 15 images)" in caplog.text
-    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert [p.name for p in folder.iterdir() if p.name.startswith(".")] == [".lock"]
 
 
 def test_evaluation_takes_its_settings_from_the_checkpoint(run, pictures, tmp_path, caplog):
@@ -228,15 +228,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(r
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, monkeypatch):
-    step = Trainer._backward
+    save = Trainer.save
 
-    def poison(trainer, loss, updates_now):
-        step(trainer, loss, updates_now)
-        if trainer.updates == 2:
-            with torch.no_grad():
-                trainer.model.head.weight[0, 0] = float("nan")
+    def poison_then_save(trainer, evaluated):
+        with torch.no_grad():
+            trainer.model.head.weight[0, 0] = float("nan")
+        save(trainer, evaluated)
 
-    monkeypatch.setattr(Trainer, "_backward", poison)
+    monkeypatch.setattr(Trainer, "save", poison_then_save)
     code, err, folder = run("--epochs", "1")
     assert code == 1 and "head.weight is not finite" in err and not (folder / "last.pth").exists()
 

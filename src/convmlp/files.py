@@ -1,10 +1,17 @@
 """Writing files so that nobody ever finds half of one."""
 
+import logging
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 from .errors import RunError
+
+_logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -15,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
         return write(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -53,3 +60,49 @@ def make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"cannot write into the output folder {folder}: {error.strerror}") from error
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Keep other runs out of a folder until the returned file is closed, or this process ends in whatever way.
+
+    The file names the process that holds the folder. It stays there, which means nothing.
+
+    Raises:
+        RunError: another process holds the folder.
+    """
+    make_folder(folder)
+    file = open(folder / LOCK, "a+")
+    if os.name != "posix":
+        return file
+    import fcntl
+
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise RunError(f"{folder} is in use by {holder}; two runs cannot write into one folder") from error
+    except OSError as error:
+        _logger.warning(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}{_launch()}")
+    file.flush()
+    return file
+
+
+def was_restarted(folder: Path) -> bool:
+    """Whether torchrun started this process again (--max-restarts) after an attempt that had locked this folder."""
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    return restarts > 0 and (folder / LOCK).exists() and (folder / LOCK).read_text().endswith(_launch())
+
+
+def _launch() -> str:
+    identity = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f", torchrun {identity}" if identity else ""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what `write_atomically` left in a folder when it was killed. Nobody else may be writing there."""
+    for path in folder.glob(".*.part*"):
+        path.unlink(missing_ok=True)

@@ -1,5 +1,7 @@
 """Being asked to stop, by Ctrl-C, by a scheduler or by torchrun: a run then saves where it stands, and ends."""
 
+import os
+import re
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -46,15 +48,41 @@ class StopRequest:
 
     def agreed(self) -> str | None:
         """The name of the signal that any process was sent, or None. All processes call it after the same steps."""
-        number = self.number
-        if self._group is not None:
-            numbers = torch.tensor(number)
-            dist.all_reduce(numbers, dist.ReduceOp.MAX, self._group)
-            number = int(numbers)
+        [number] = self.maxima(self.number)
         return signal.Signals(number).name if number else None
+
+    def maxima(self, *numbers: int) -> list[int]:
+        """The largest that any process gives for each of these numbers. All processes call it after the same steps."""
+        if self._group is None:
+            return list(numbers)
+        largest = torch.tensor(numbers)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self._group)
+        return largest.tolist()
 
 
 def leave_signals_to_the_parent(worker: int = 0) -> None:
-    """For processes that load data: they end with the process that they work for, not by signals to all of a job."""
+    """For processes that load data: they end when the process that they work for says so.
+
+    Schedulers and torchrun signal all processes of a job, and a step that lost its data could not be finished.
+    """
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; macOS lacks it
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def lost_process(error: Exception) -> str | None:
+    """What to say if this error means that another process of the run has ended, or None."""
+    text = " ".join(str(error).split())
+    if not dist.is_initialized() or not re.search("gloo|NCCL|Connection|Broken pipe", text):
+        return None
+    reason = re.search("Connection [a-z]+ by peer|Broken pipe", text)
+    return f"another process of the run has ended: {reason[0] if reason else text[:150]}"

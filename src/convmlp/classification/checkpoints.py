@@ -18,8 +18,8 @@ from ..zoo import CheckpointError, read_checkpoint
 _logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
-NEEDED_TO_RESUME = {"arch", "args", "batch", "best", "class_names", "epoch", "evaluated", "history", "loss_sums"}
-NEEDED_TO_RESUME |= {"optimizer", "state_dict", "updates", "world_size"}
+NEEDED_TO_RESUME = {"arch", "args", "batch", "best", "class_names", "epoch", "evaluated", "history"}
+NEEDED_TO_RESUME |= {"loss_counts", "loss_sums", "optimizer", "skipped", "state_dict", "updates", "world_size"}
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:

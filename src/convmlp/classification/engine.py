@@ -13,7 +13,8 @@ import yaml
 
 from ..classifier import load_weights
 from ..errors import RunError, complain
-from ..files import make_folder
+from ..files import LOCK, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
+from ..signals import STOPPED, Stopped, lost_process
 from ..zoo import read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
@@ -36,7 +37,11 @@ EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "va
 
 
 def main(argv: list[str] | None = None) -> int:
-    """classification.py: exit code 0, 2 for a mistake in the call or the data, 1 for a run that failed."""
+    """classification.py.
+
+    Exit code 0, 2 for a mistake in the call or the data, 1 for a run that failed, 75 for one that was asked to stop by
+    SIGTERM, SIGINT or SIGUSR1 and goes on with --resume auto, 130 for one that was interrupted twice.
+    """
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("convmlp").setLevel(logging.INFO)
@@ -61,6 +66,16 @@ def main(argv: list[str] | None = None) -> int:
     except Diverged as error:
         complain(SCRIPT, str(error))
         return 1
+    except Stopped as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            complain(SCRIPT, str(error))
+        return STOPPED
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if not lost:
+            raise
+        complain(SCRIPT, f"{lost}; --resume auto goes on from the last checkpoint")
+        return 1
     except KeyboardInterrupt:
         complain(SCRIPT, "interrupted; --resume auto continues from the last checkpoint")
         return 130
@@ -77,6 +92,10 @@ def train(options: Namespace, process: Process) -> None:
         Diverged: the loss or the weights are not finite; the last good checkpoint stays.
     """
     folder = run_folder(options)
+    restarted = process.gather(process.primary and was_restarted(folder))[0]
+    if restarted:
+        options.resume, options.overwrite = "auto", False
+    lock = lock_folder(folder) if process.primary and (folder / LOCK).exists() else None
     resumed = _find_resumable(options, folder)
     with process.first_on_machine():
         train_source, val_source = open_source(options, train=True), open_source(options, train=False)
@@ -97,13 +116,16 @@ def train(options: Namespace, process: Process) -> None:
     )
     if resumed:
         trainer.load(*resumed)
-    logs = None
-    if process.primary:
-        make_folder(folder)
+    if not process.primary:
+        trainer.run(None)
+        return
+    with lock or lock_folder(folder):
+        remove_leftovers(folder)
         logs = ExternalLogs(options, folder)
         _claim_folder(folder, resumed[0] if resumed else None)
-        (folder / "args.yaml").write_text(yaml.safe_dump(stored_options(options), sort_keys=False))
-    trainer.run(logs)
+        settings = yaml.safe_dump(stored_options(options), sort_keys=False)
+        write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(settings))
+        trainer.run(logs)
 
 
 def evaluate_checkpoint(options: Namespace, process: Process, checkpoint: Any) -> None:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from ..devices import autocast, resolve_amp_dtype
 from ..errors import RunError
 from ..pictures import to_image
+from ..signals import StopRequest
 from . import report
 from .loaders import Loader, StreamLoader
 from .process import Process
@@ -56,8 +57,12 @@ def evaluate(
     process: Process,
     details: Details | None = None,
     desc: str = "",
-) -> dict[str, float]:
-    """loss, top1 and top5 (in per cent) over the images of all processes, each counted once."""
+    stop: StopRequest | None = None,
+) -> dict[str, float] | None:
+    """loss, top1 and top5 (in per cent) over the images of all processes, each counted once.
+
+    With `stop`, None as soon as a process was asked to stop.
+    """
     model.eval()
     evaluator = ClassificationEvaluator(device=process.device)
     amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
@@ -70,6 +75,10 @@ def evaluate(
         evaluator.update(logits, targets)
         if details:
             details.update(images, logits, targets)
+        if stop and stop.number:
+            break
+    if stop and stop.agreed():
+        return None
     if details:
         details.confusion = sum(process.gather(details.confusion))
     if not sum(process.gather(int(evaluator.counts[0]))):

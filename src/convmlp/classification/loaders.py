@@ -21,7 +21,8 @@ from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import RunError
-from ..pictures import to_mode
+from ..pictures import UnreadablePicture, to_mode
+from ..signals import leave_signals_to_the_parent
 from .process import Process
 from .sources import Source, image_mode
 
@@ -146,6 +147,9 @@ class BatchDataset(Dataset):
                 i = (index + attempt) % len(self.source)
                 try:
                     image, target = self._read(i)
+                except UnreadablePicture as error:
+                    unreadable.append(f"{self.source.name(i)} ({error})")
+                    continue
                 except Exception as error:  # image decoders raise nearly anything on damaged input
                     unreadable.append(f"{self.source.name(i)} ({type(error).__name__}: {error})")
                     continue
@@ -237,6 +241,7 @@ class Loader:
                 num_workers=workers,
                 pin_memory=options.pin_mem and device.type == "cuda",
                 persistent_workers=workers > 0,
+                worker_init_fn=leave_signals_to_the_parent,
                 generator=torch.Generator(),  # the loader draws a seed for its workers from it, not from ours
             ),
             stop=options.on_bad_image == "stop",

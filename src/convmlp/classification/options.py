@@ -7,7 +7,9 @@ values it starts from.
 
 import argparse
 import ast
+import math
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -54,12 +56,12 @@ def keywords(text: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         pass
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise argparse.ArgumentTypeError(f"{text} is no value") from None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no value") from None
 
 
 def _join_lists(argv: list[str]) -> list[str]:
@@ -150,6 +152,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--channels-last", action=switch, default=True, help="memory layout; the faster one")
     add("--compile", action=switch, default=False, help="torch.compile; the first step then takes up to a minute")
     add("--sync-bn", action=switch, default=False, help="BatchNorm over all GPUs")
+    add(
+        "--find-unused-parameters",
+        action=switch,
+        default=False,
+        help="for models that leave weights out of a step; also lets three or more processes resume bit for bit",
+    )
     add("--dist-bn", choices=["reduce", "broadcast", ""], default="reduce", help="BatchNorm statistics after an epoch")
     add("--seed", type=int, default=42)
 
@@ -209,6 +217,20 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("records").add_argument
     add("--checkpoint-interval", type=int, default=0, metavar="STEPS", help="also save within epochs; 0 at their ends")
+    add(
+        "--checkpoint-minutes",
+        type=float,
+        default=10,
+        metavar="MINUTES",
+        help="also save within epochs when this time has passed; 0 never",
+    )
+    add(
+        "--skip-nonfinite",
+        type=int,
+        default=0,
+        metavar="N",
+        help="leave out up to N updates whose loss or gradients are not finite; by default the first one ends the run",
+    )
     add("--log-interval", type=int, default=50, metavar="STEPS", help="log lines where there is no terminal")
     add("--eval-metric", choices=["top1", "top5", "loss"], default="top1", help="what makes a checkpoint the best")
     add("--use-ema", action=switch, default=True, help="--eval and --initial-checkpoint prefer averaged weights")
@@ -250,20 +272,23 @@ def stored_options(options: argparse.Namespace) -> dict[str, Any]:
 
 def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a YAML config over those of the config that its `base` names."""
-    if path.resolve() in _seen:
+    try:
+        place = path.resolve()
+        content = path.read_bytes()
+    except (OSError, ValueError, RuntimeError) as error:  # no file, a name with a zero in it, links in a circle
+        raise RunError(f"cannot read the config {path}: {getattr(error, 'strerror', error)}") from error
+    if place in _seen:
         raise RunError(f"{path}: its base leads back to itself")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
-    except OSError as error:
-        raise RunError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(content) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise RunError(f"{path} is not a mapping of option names to values")
     base = values.pop("base", None)
     if base is None:
         return values
-    return {**load_config(path.parent / str(base), (*_seen, path.resolve())), **values}
+    return {**load_config(path.parent / str(base), (*_seen, place)), **values}
 
 
 def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: argparse.Namespace, name: str) -> None:
@@ -279,25 +304,34 @@ def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: arg
             continue
         if action.nargs == 0:
             if not isinstance(value, bool):
-                raise RunError(f"{name}: {key} is true or false, got {value!r}")
+                raise RunError(f"{name}: {key} is true or false, got {reprlib.repr(value)}")
             if value:
                 tokens.append(flag)
             elif isinstance(action, argparse.BooleanOptionalAction):
                 tokens.append(f"--no-{flag.removeprefix('--')}")
         elif isinstance(value, dict) and action.type is keywords:
+            if not all(isinstance(each, str) and each.isidentifier() for each in value):
+                raise RunError(f"{name}: {key} names arguments of the model, got {reprlib.repr(value)}")
             setattr(options, key, value)
-        elif isinstance(value, list) and action.type is numbers:
-            tokens.append(f"{flag}={','.join(map(str, value))}")
-        elif isinstance(value, list) and action.nargs is not None:
-            tokens += [flag, *map(str, value)]
+        elif isinstance(value, list) and (action.type is numbers or action.nargs):
+            setattr(options, key, _floats(value, action.nargs, f"{name}: {key}"))
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
             tokens.append(f"{flag}={value}")
         else:
-            raise RunError(f"{name}: {key} cannot be {value!r}")
+            raise RunError(f"{name}: {key} cannot be {reprlib.repr(value)}")
     try:
         parser.parse_args(tokens, options)
     except RunError as error:
         raise RunError(f"{name}: {error}") from None
+
+
+def _floats(values: list[Any], count: int | None, name: str) -> list[float]:
+    try:
+        if len(values) == (count or len(values)) > 0 and all(isinstance(value, (int, float, str)) for value in values):
+            return [float(str(value)) for value in values]
+    except ValueError:
+        pass
+    raise RunError(f"{name} takes {f'{count} numbers' if count else 'numbers'}, got {reprlib.repr(values)}")
 
 
 def _check_ranges(options: argparse.Namespace) -> None:
@@ -312,12 +346,17 @@ def _check_ranges(options: argparse.Namespace) -> None:
             value = getattr(options, name)
             require(value is None or holds(value), f"--{name.replace('_', '-')} {rule}, got {value}")
 
+    for name, value in vars(options).items():
+        floats = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, float)]
+        require(all(map(math.isfinite, floats)), f"--{name.replace('_', '-')} must be finite, got {value}")
     check("epochs batch_size validation_batch_size grad_accum_steps log_interval", lambda x: x > 0, "must be positive")
     check("img_size crop_pct clip_grad decay_epochs recount kd_temperature", lambda x: x > 0, "must be positive")
-    check("warmup_epochs cooldown_epochs patience_epochs checkpoint_interval", lambda x: x >= 0, "cannot be negative")
+    check("warmup_epochs cooldown_epochs patience_epochs", lambda x: x >= 0, "cannot be negative")
+    check("checkpoint_interval checkpoint_minutes skip_nonfinite", lambda x: x >= 0, "cannot be negative")
     check("mixup_off_epoch workers mixup cutmix seed lr min_lr warmup_lr", lambda x: x >= 0, "cannot be negative")
     check("hflip vflip reprob mixup_prob mixup_switch_prob", lambda x: 0 <= x <= 1, "lies between 0 and 1")
     check("drop drop_path smoothing model_ema_decay", lambda x: 0 <= x < 1, "lies between 0 and 1")
+    check("std", lambda x: min(x) > 0, "must be positive")
     check("scale cutmix_minmax", lambda x: 0 < x[0] <= x[1] <= 1, "is a smaller and a larger part of 1")
     check("ratio", lambda x: 0 < x[0] <= x[1], "is a smaller and a larger number")
     check(

@@ -1,23 +1,26 @@
 """A training run: the loop, and how it is saved and continued."""
 
 import logging
+import math
 import time
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import NativeScaler, dispatch_clip_grad, distribute_bn
+from timm.utils import dispatch_clip_grad, distribute_bn
 from torch import nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from .. import __version__
 from ..devices import autocast, resolve_amp_dtype
 from ..errors import RunError
+from ..signals import Stopped, StopRequest
 from ..zoo import extract_state_dict, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, write_checkpoint, write_last
@@ -29,11 +32,35 @@ from .process import Process
 
 _logger = logging.getLogger(__name__)
 
+NONFINITE = "nonfinite.txt"
 MUST_AGREE_WITHIN_AN_EPOCH = ("batch_size", "grad_accum_steps", "seed", "dataset", "data_dir", "train_split")
 
 
 class Diverged(Exception):
     """The loss or the weights are no longer finite."""
+
+
+class _Number(NamedTuple):
+    """Something that has to be finite: what it is, the batch it belongs to, and a scalar tensor."""
+
+    name: str
+    batch: int
+    value: torch.Tensor
+
+
+def _first_nonfinite(numbers: list[_Number]) -> _Number | None:
+    if not numbers:
+        return None
+    finite = torch.isfinite(torch.stack([number.value.float() for number in numbers])).tolist()
+    return None if all(finite) else numbers[finite.index(False)]
+
+
+def _find_nonfinite(state: Any, name: str) -> str | None:
+    """The name of the first tensor in a nested state that holds NaN or infinity."""
+    if isinstance(state, torch.Tensor):
+        return None if torch.isfinite(state).all() else name
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return next((bad for key, value in items if (bad := _find_nonfinite(value, f"{name}.{key}"))), None)
 
 
 class Trainer:
@@ -61,7 +88,7 @@ class Trainer:
         self.amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
         if options.amp and self.amp_dtype is None:
             _logger.info("this CPU has no native bfloat16: training in float32 in spite of --amp")
-        self.scaler = NativeScaler(device=process.device.type) if self.amp_dtype == torch.float16 else None
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.amp_dtype == torch.float16)
 
         if options.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -87,13 +114,21 @@ class Trainer:
         self.eval_model = self.task.get_eval_model()  # before DDP, whose forward would wait for the other processes
         if process.distributed:
             device_ids = [process.device.index] if process.device.type == "cuda" else None
-            self.task.prepare_distributed(device_ids=device_ids, gradient_as_bucket_view=True)
+            self.task.prepare_distributed(
+                device_ids=device_ids,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=options.find_unused_parameters,
+            )
 
         self.epoch = 0
         self.batch = 0  # batches of this epoch that are trained on
         self.updates = 0
+        self.skipped = 0  # of the updates, those left out for numbers that were not finite
         precise = torch.float32 if process.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=precise, device=process.device)
+        self.loss_count = 0
+        self.stop = StopRequest()
+        self.saved_at = time.monotonic()
         self.history: list[dict[str, float]] = []
         self.best: dict[str, float] | None = None
 
@@ -107,7 +142,9 @@ class Trainer:
             "batch": self.batch,
             "evaluated": evaluated,
             "updates": self.updates,
+            "skipped": self.skipped,
             "loss_sums": self.process.gather(self.loss_sum.item()),
+            "loss_counts": self.process.gather(self.loss_count),
             **self.task.get_checkpoint_state(),
             **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
             "optimizer": self.optimizer.state_dict(),
@@ -119,8 +156,8 @@ class Trainer:
             "world_size": self.process.world_size,
             "versions": {"convmlp": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
         }
-        if self.scaler:
-            state[self.scaler.state_dict_key] = self.scaler.state_dict()
+        if self.scaler.is_enabled():
+            state["scaler"] = self.scaler.state_dict()
         return state
 
     def load(self, path: Path, state: dict[str, Any]) -> None:
@@ -154,9 +191,10 @@ class Trainer:
                 group.update(own)  # the options given now hold, not those of the checkpoint
         except (RuntimeError, ValueError) as error:
             raise RunError(f"{path} does not fit this run: {' '.join(str(error).split())[:300]}") from error
-        if self.scaler and self.scaler.state_dict_key in state:
-            self.scaler.load_state_dict(state[self.scaler.state_dict_key])
+        if self.scaler.is_enabled() and "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
         self.updates = state["updates"]
+        self.skipped = state["skipped"]
         self.history = state["history"]
         self.best = state["best"]
         if state["evaluated"]:
@@ -165,6 +203,7 @@ class Trainer:
         else:
             self.epoch, self.batch = state["epoch"], state["batch"]
             self.loss_sum.fill_(state["loss_sums"][self.process.rank])
+            self.loss_count = state["loss_counts"][self.process.rank]
         if self.scheduler:
             self.scheduler.step_update(self.updates)
             for row in self.history:  # plateau is a function of the metrics so far
@@ -172,15 +211,17 @@ class Trainer:
         _logger.info(f"resuming from {path}: epoch {self.epoch}, batch {self.batch}")
 
     def save(self, evaluated: bool) -> None:
-        """Write last.pth, unless weights or losses have become NaN or infinite."""
-        for name, tensor in self.eval_model.state_dict().items():
-            if not torch.isfinite(tensor).all():
-                raise Diverged(f"{name} is not finite after update {self.updates}; {self._last_good()}")
+        """Write last.pth, unless weights, averages or the optimizer's moments have become NaN or infinite."""
         state = self.state(evaluated)
+        for part in ("state_dict", "state_dict_ema", "optimizer"):
+            name = _find_nonfinite(state.get(part), part)
+            if name:
+                raise Diverged(f"{name} is not finite after update {self.updates}; {self._last_good()}")
         if self.process.primary:
             if evaluated and self.best and self.best["epoch"] == self.epoch:  # before last.pth, which speaks of it
                 write_checkpoint(self.folder / BEST, {key: v for key, v in state.items() if key != "optimizer"})
             write_last(self.folder, state)
+        self.saved_at = time.monotonic()
 
     def _last_good(self) -> str:
         last = self.folder / LAST
@@ -204,21 +245,31 @@ class Trainer:
             report.write_summary(self.folder / "summary.csv", self.history)
         if self.epoch >= self.epochs:
             _logger.info("the run is already complete")
-        while self.epoch < self.epochs:
-            start = time.perf_counter()
-            train_loss, rate = self.train_epoch()
-            row = self._evaluate_epoch(train_loss)
-            self.save(evaluated=True)
+        try:
+            with self.stop:
+                while self.epoch < self.epochs:
+                    self._run_epoch(logs)
+        finally:
             if logs:
-                report.write_summary(self.folder / "summary.csv", self.history)
-                report.write_curves(self.folder / "curves.png", self.history)
-                logs.write(row)
-                _logger.info(self._epoch_line(row, rate, time.perf_counter() - start))
-            self.epoch, self.batch = self.epoch + 1, 0
-            self.loss_sum.zero_()
-        if logs:
-            logs.close()
+                logs.close()
         self._finish()
+
+    def _run_epoch(self, logs: "ExternalLogs | None") -> None:
+        """Train and evaluate from where the run stands to the start of the next epoch."""
+        start = time.perf_counter()
+        train_loss, rate = self.train_epoch()
+        row = self._evaluate_epoch(train_loss)
+        if row is None:
+            self._save_and_stop()
+        self.save(evaluated=True)
+        if logs:
+            report.write_summary(self.folder / "summary.csv", self.history)
+            report.write_curves(self.folder / "curves.png", self.history)
+            logs.write(row)
+            _logger.info(self._epoch_line(row, rate, time.perf_counter() - start))
+        self.epoch, self.batch = self.epoch + 1, 0
+        self.loss_sum.zero_()
+        self.loss_count = 0
 
     def train_epoch(self) -> tuple[float, float]:
         """The rest of this epoch; returns the mean loss of the whole epoch and the images per second of all."""
@@ -229,7 +280,7 @@ class Trainer:
         task.train()
         self.optimizer.zero_grad()
         self.train_loader.start(self.epoch, self.batch)
-        unchecked: list[torch.Tensor] = []
+        unchecked: list[_Number] = []
         first, start = self.batch, time.perf_counter()
         bar = tqdm(
             total=n_batches,
@@ -242,80 +293,151 @@ class Trainer:
         for number, (images, targets) in enumerate(self.train_loader, first):
             in_update = min(accumulate, n_batches - number // accumulate * accumulate)
             updates_now = number % accumulate == in_update - 1
+            if options.skip_nonfinite and number % accumulate == 0:
+                before_update = self._statistics()
             if options.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             seed_all(options.seed, "step", self.epoch, number, process.rank)
             with nullcontext() if updates_now else task.no_sync():
                 with autocast(process.device, self.amp_dtype):
                     loss = task(images, targets)["loss"]
-                self._backward(loss / in_update, updates_now)
+                self.scaler.scale(loss / in_update).backward()
+            unchecked.append(_Number("the loss", number, loss.detach()))
             self.loss_sum += loss.detach()
+            self.loss_count += 1
             self.batch = number + 1
             if updates_now:
+                norm = self._clip_gradients()
+                if not self.scaler.is_enabled():  # which itself leaves out what overflows
+                    unchecked.append(_Number("the norm of the gradients", number, norm))
+                skips_now = bool(options.skip_nonfinite) and self._must_skip(unchecked)
+                if skips_now:
+                    self._restore(before_update)
+                else:
+                    self.scaler.step(self.optimizer)
+                self.scaler.update()
                 self.optimizer.zero_grad()
                 self.updates += 1
-                task.update_ema(step=self.updates)
+                if not skips_now:
+                    task.update_ema(step=self.updates)
                 if self.scheduler:
                     self.scheduler.step_update(self.updates)
-            unchecked.append(loss.detach())
-            saves_now = bool(
-                updates_now and options.checkpoint_interval and self.updates % options.checkpoint_interval == 0
-            )
-            if saves_now or self.batch == n_batches or self.batch % check_interval == 0:
-                self._check_finite(torch.stack(unchecked), number)
+            stops_now = saves_now = False
+            if updates_now and self.batch < n_batches:
+                stops_now, saves_now = self.stop.maxima(self.stop.number, self._save_is_due())
+            if stops_now or saves_now or self.batch == n_batches or self.batch % check_interval == 0:
+                self._check_finite(unchecked)
                 rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
-                status = f"loss {unchecked[-1].item():.3f}, lr {self._lr():.1e}, {rate:.0f} img/s"
+                status = f"loss {loss.item():.3f}, lr {self._lr():.1e}, {rate:.0f} img/s"
                 bar.set_postfix_str(status, refresh=False)
                 if bar.disable and self.batch % options.log_interval == 0:
                     _logger.info(f"epoch {self.epoch} batch {self.batch}/{n_batches}: {status}")
-                unchecked.clear()
             bar.update()
-            if saves_now and self.batch < n_batches:
+            if stops_now:
+                bar.close()
+                self._save_and_stop()
+            if saves_now:
                 self.save(evaluated=False)
         bar.close()
         rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
-        if process.distributed and options.dist_bn:
+        if process.distributed and options.dist_bn and first < n_batches:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
             if task.has_ema():
                 distribute_bn(task.get_trainable_module(ema=True).module, process.world_size)
-        return sum(process.gather(self.loss_sum.item())) / (n_batches * process.world_size), rate
+        count = sum(process.gather(self.loss_count))
+        return sum(process.gather(self.loss_sum.item())) / count if count else math.nan, rate
 
-    def _backward(self, loss: torch.Tensor, updates_now: bool) -> None:
+    def _clip_gradients(self) -> torch.Tensor:
+        """The norm of all gradients, as they were before clipping."""
         options = self.options
-        parameters = self.task.get_clip_parameters(exclude_head=options.clip_mode == "agc")
-        if self.scaler:
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=options.clip_grad,
-                clip_mode=options.clip_mode,
-                parameters=parameters,
-                need_update=updates_now,
-            )
-            return
-        loss.backward()
-        if updates_now:
-            if options.clip_grad is not None:
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.task.parameters() if parameter.grad is not None]
+        norm = get_total_norm(gradients)
+        if options.clip_grad is not None:
+            parameters = self.task.get_clip_parameters(exclude_head=options.clip_mode == "agc")
+            if options.clip_mode == "norm":
+                clip_grads_with_norm_(parameters, options.clip_grad, norm)
+            else:
                 dispatch_clip_grad(parameters, options.clip_grad, mode=options.clip_mode)
-            self.optimizer.step()
+        return norm
 
-    def _check_finite(self, losses: torch.Tensor, number: int) -> None:
-        finite = torch.isfinite(losses).tolist()
-        if all(finite):
+    def _save_is_due(self) -> bool:
+        """Whether to save within the epoch, as far as this process knows."""
+        options = self.options
+        if isinstance(self.train_loader, StreamLoader):  # which could not go on from there
+            return False
+        by_steps = options.checkpoint_interval and self.updates % options.checkpoint_interval == 0
+        by_time = options.checkpoint_minutes and time.monotonic() - self.saved_at >= 60 * options.checkpoint_minutes
+        return bool(by_steps or by_time)
+
+    def _save_and_stop(self) -> None:
+        name = self.stop.agreed()
+        if isinstance(self.train_loader, StreamLoader):
+            raise Stopped(f"{name}: streamed data resume at epochs only, so epoch {self.epoch} is lost")
+        self.save(evaluated=False)
+        raise Stopped(f"{name}: saved at batch {self.batch} of epoch {self.epoch}; --resume auto goes on from there")
+
+    # Numbers that are not finite
+
+    def _statistics(self) -> tuple[list[torch.Tensor], torch.Tensor, int]:
+        """What a step changes beside the weights."""
+        return [buffer.clone() for buffer in self.model.buffers()], self.loss_sum.clone(), self.loss_count
+
+    def _restore(self, statistics: tuple[list[torch.Tensor], torch.Tensor, int]) -> None:
+        buffers, self.loss_sum, self.loss_count = statistics
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+    def _must_skip(self, unchecked: list[_Number]) -> bool:
+        """Whether any process met a number that is not finite in this update."""
+        bad = _first_nonfinite(unchecked)
+        unchecked.clear()
+        if bad:
+            self._note(bad)
+        [must_skip] = self.stop.maxima(bad is not None)
+        if must_skip:
+            self.skipped += 1
+            what = f"batch {self.batch - 1} of epoch {self.epoch} is left out, its loss or gradients are not finite"
+            if self.skipped > self.options.skip_nonfinite:
+                raise Diverged(
+                    f"{what}; that are more than --skip-nonfinite {self.options.skip_nonfinite}; {self._last_good()}"
+                )
+            _logger.warning(f"{what} ({self.skipped} of at most {self.options.skip_nonfinite})")
+        return bool(must_skip)
+
+    def _check_finite(self, unchecked: list[_Number]) -> None:
+        """Stop if any of these is not finite; forget them otherwise."""
+        bad = _first_nonfinite(unchecked)
+        unchecked.clear()
+        if not bad:
             return
-        bad = number - len(finite) + 1 + finite.index(False)
-        names = self.train_loader.names(self.epoch, bad)
-        images = f" (process {self.process.rank}: {', '.join(names[:3])}, ...)" if names else ""
+        names = self._note(bad)
+        images = f" (process {self.process.rank}: {', '.join(names[:3])}, ...; all in {NONFINITE})" if names else ""
         raise Diverged(
-            f"the loss is {losses[finite.index(False)].item()} at batch {bad} of epoch {self.epoch}{images}; "
-            f"{self._last_good()}. A lower --lr, --clip-grad 1 or no --amp may help"
+            f"{bad.name} is {bad.value.item()} at batch {bad.batch} of epoch {self.epoch}{images}; {self._last_good()}"
+            ". A lower --lr, --clip-grad 1 or no --amp may help; --skip-nonfinite N leaves out up to N such updates"
         )
 
-    def _evaluate_epoch(self, train_loss: float) -> dict[str, float]:
-        metrics = {"eval_": evaluate(self.eval_model, self.val_loader, self.options, self.process, desc="evaluating")}
+    def _note(self, bad: _Number) -> list[str]:
+        """Write down which pictures the batch had, and return their names."""
+        names = self.train_loader.names(self.epoch, bad.batch)
+        title = f"epoch {self.epoch}, batch {bad.batch}, process {self.process.rank}: {bad.name} is {bad.value.item()}"
+        with open(self.folder / NONFINITE, "a") as file:
+            file.write("\n  ".join([title, *names]) + "\n")
+        return names
+
+    def _evaluate_epoch(self, train_loss: float) -> dict[str, float] | None:
+        """The row of this epoch in the summary, or None if a signal came first."""
+        models = {"eval_": self.eval_model}
         if self.task.has_ema():
-            ema = self.task.get_eval_model(ema=True)
-            metrics["eval_ema_"] = evaluate(ema, self.val_loader, self.options, self.process, desc="evaluating average")
+            models["eval_ema_"] = self.task.get_eval_model(ema=True)
+        metrics = {}
+        for prefix, model in models.items():
+            desc = "evaluating average" if "ema" in prefix else "evaluating"
+            values = evaluate(model, self.val_loader, self.options, self.process, desc=desc, stop=self.stop)
+            if values is None:
+                return None
+            metrics[prefix] = values
         row = {"epoch": self.epoch, "train_loss": train_loss}
         row |= {prefix + name: value for prefix, values in metrics.items() for name, value in values.items()}
         row["lr"] = self._lr()
