@@ -1,5 +1,6 @@
 """detection.py and segmentation.py: from the command line over a config to a run of mmengine."""
 
+import errno
 import importlib.util
 import os
 import shlex
@@ -7,26 +8,31 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
-from mmengine.dist import broadcast_object_list, init_dist, is_main_process
+from mmengine.dist import init_dist
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
 
 from ..devices import resolve_amp_dtype
 from ..errors import RunError, complain, suggest
+from ..files import lock_folder, remove_leftovers, was_restarted
+from ..signals import STOPPED, Stopped, lost_process
 from .checkpoints import find_checkpoints, newest_readable
 from .datasets import Request, leaf_datasets, replace_root
 from .options import parse_options
 from .runner import CarefulRunner
+from .survival import Diverged, on_main_process
 
 Prepare = Callable[[Config, Request], str]
 
 DRAWN_PICTURES = 50
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # such errors often name no file
 
 # Top-level keys that mmengine reads and a config need not have
 RUNNER_KEYS = ("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name")
@@ -35,7 +41,10 @@ OPTIONAL_OF_OPTIMIZERS = ("clip_grad", "paramwise_cfg")
 
 
 def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
-    """Run a script: exit code 0, 2 for a mistake in the call or the data.
+    """Run a script.
+
+    Exit code 0, 2 for a mistake in the call or the data, 1 for a run that diverged, 75 for one that was asked to stop
+    by SIGTERM, SIGINT or SIGUSR1 and goes on with --resume, 130 for one that was interrupted twice.
 
     Args:
         script: Its name, for messages.
@@ -43,6 +52,7 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
         argv: The command line without the script's name.
     """
     warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")  # nothing here asks for it
+    held = ExitStack()
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv, script)
         cfg = load_config(options)
@@ -52,19 +62,34 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
             return 0
         cfg.launcher = launcher
         adapt_to_machine(cfg, options.amp)
-        cfg = on_main_process(lambda: choose_work(cfg, options))
+        cfg = on_main_process(lambda: choose_work(cfg, options, held))
         if options.test:
             build_runner(cfg).test()
         else:
             train(cfg, options, script)
         return 0
+    except Diverged as error:
+        if int(os.environ.get("RANK", 0)) == 0:  # all say the same
+            complain(script, str(error))
+        return 1
     except RunError as error:
         complain(script, f"error: {error}")
         return 2
+    except Stopped as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            complain(script, str(error))
+        return STOPPED
+    except RuntimeError as error:
+        lost = lost_process(error)
+        if not lost:
+            raise
+        complain(script, f"{lost}; --resume continues from the last checkpoint")
+        return 1
     except KeyboardInterrupt:
         complain(script, "interrupted; --resume continues from the last checkpoint")
         return 130
     finally:
+        held.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -170,21 +195,6 @@ def _find_launcher() -> str:
     return "mpi" if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ else "none"
 
 
-def on_main_process(work: Callable[[], Config]) -> Config:
-    """Let the first process do it, and give its result, or its complaint, to all."""
-    result: list[Any] = [None, None]
-    if is_main_process():
-        try:
-            result[0] = work()
-        except RunError as error:
-            result[1] = str(error)
-    broadcast_object_list(result)
-    cfg, complaint = result
-    if complaint:
-        raise RunError(complaint)
-    return cfg
-
-
 def adapt_to_data(cfg: Config, options: Namespace, prepare: Prepare) -> Config:
     """Files, classes and the check of the data set; what it found goes to standard output."""
     check = "none" if options.skip_data_check else "all" if options.check_data else "sample"
@@ -236,11 +246,16 @@ def replace_sync_bn(node: Any) -> None:
             replace_sync_bn(value)
 
 
-def choose_work(cfg: Config, options: Namespace) -> Config:
+def choose_work(cfg: Config, options: Namespace, held: ExitStack) -> Config:
     """Which checkpoint the run starts from, and what becomes of an earlier run in its folder.
 
+    Args:
+        cfg: The config.
+        options: The command line.
+        held: Keeps the lock of the folder.
+
     Raises:
-        RunError: the work folder holds a run, and the command line does not say what to do with it.
+        RunError: the work folder holds a run, and the command line does not say what to do with it; or one is at work.
     """
     logger = MMLogger.get_current_instance()
     folder = Path(cfg.work_dir)
@@ -248,6 +263,12 @@ def choose_work(cfg: Config, options: Namespace) -> Config:
         cfg.load_from = options.test
         draw(cfg, options.show_dir)
         return cfg
+    restarted = was_restarted(folder)
+    held.enter_context(lock_folder(folder))
+    remove_leftovers(folder)
+    if restarted and (options.resume is None or find_checkpoints(folder)):
+        logger.info("torchrun started the processes again: the run goes on from its newest checkpoint")
+        options.resume = "auto"
     if options.resume == "auto":
         newest = newest_readable(folder, options.trust_checkpoint, logger)
         if newest is None and find_checkpoints(folder):
@@ -295,8 +316,14 @@ def train(cfg: Config, options: Namespace, script: str) -> None:
     names = next(iter(leaf_datasets(cfg).values()), {}).get("metainfo", {}).get("classes")
     if names:
         runner.logger.info(f"{len(names)} classes: {', '.join(names)}")
-    runner.train()
     folder = Path(runner.work_dir)
+    try:
+        runner.train()
+    except OSError as error:
+        inside = error.filename and folder in Path(str(error.filename)).absolute().parents
+        if not inside and (error.filename or error.errno not in FULL):
+            raise
+        raise RunError(f"cannot write {error.filename or folder}: {error.strerror}; {runner.way_on}") from error
     best = runner.message_hub.runtime_info.get("best_ckpt")
     if best:
         checkpoint = folder / Path(best).name  # the folder may have moved since

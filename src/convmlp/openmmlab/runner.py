@@ -1,6 +1,6 @@
 """mmengine's Runner, made to work without a GPU and to be careful with checkpoints."""
 
-import os
+import signal
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -9,11 +9,24 @@ import torch
 from mmengine.dist import all_reduce_params, is_distributed, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ..errors import RunError
+from ..files import write_atomically
+from ..signals import Stopped, StopRequest
 from ..zoo import CheckpointError, extract_state_dict, list_differences, shorten
 from .checkpoints import read_run_checkpoint
+from .survival import (
+    Diverged,
+    LateRemovalHook,
+    ResumableEpochLoop,
+    StopHook,
+    WatchHook,
+    on_main_process,
+    shield_workers,
+)
 
 BACKBONE = "backbone."
 
@@ -38,14 +51,73 @@ def average_statistics(model: nn.Module) -> None:
 class CarefulRunner(Runner):
     """A Runner whose checkpoints are read without running code, loaded completely or not at all, and written whole.
 
+    Training that is asked to stop by a signal writes a checkpoint, and ends with `Stopped`.
+
     Config keys beyond those of Runner:
         channels_last: True for the channels_last memory layout, often faster with mixed precision.
         trust_checkpoint: True to read checkpoints that need pickle.
     """
 
     def __init__(self, **kwargs: Any):
+        self.stop_request: StopRequest | None = None  # there while it trains
+        self.stop_signal = 0
+        self.last_saved: Path | None = None  # what a run can go on from
+        self.resumed_from: Path | None = None
+        self.stop_file: Path | None = None  # not one of those that CheckpointHook counts and removes
+        self.validation_due = False
         super().__init__(**kwargs)
-        self.register_hook(_AverageStatistics())
+        for hook in (_AverageStatistics(), WatchHook(), StopHook()):
+            self.register_hook(hook)
+
+    def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
+        if isinstance(hook, dict) and hook.get("type") in ("CheckpointHook", "mmengine.CheckpointHook"):
+            hook = {**hook, "type": LateRemovalHook}
+        super().register_hook(hook, priority)
+
+    def build_train_loop(self, loop: BaseLoop | dict) -> BaseLoop:
+        if isinstance(loop, dict) and (loop.get("type") == "EpochBasedTrainLoop" or loop.get("by_epoch")):
+            loop = {key: value for key, value in loop.items() if key != "by_epoch"} | {"type": ResumableEpochLoop}
+        return super().build_train_loop(loop)
+
+    @staticmethod
+    def build_dataloader(
+        dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
+    ) -> DataLoader:
+        return shield_workers(Runner.build_dataloader(dataloader, seed, diff_rank_seed))
+
+    def train(self) -> nn.Module:
+        """As in Runner.
+
+        Raises:
+            Stopped: it was asked to, and has written a checkpoint.
+            Diverged: the numbers are no longer finite.
+        """
+        with StopRequest() as self.stop_request:
+            return super().train()
+
+    def stop_here(self, iteration: int, validating: bool = False) -> None:
+        """End the run, with a checkpoint of all that it has done."""
+        name = f"iter_{iteration}.pth"
+        file = Path(self.work_dir) / name
+        resumable = isinstance(self.train_loop, (ResumableEpochLoop, IterBasedTrainLoop))
+        if resumable and (validating or self.last_saved != file):
+            meta = {"epoch": self.epoch, "iter": iteration, "validation_due": validating}
+            meta["remove_later"] = self.last_saved != file
+            self.save_checkpoint(self.work_dir, name, meta=meta)
+        where = f"in the validation after iteration {iteration}" if validating else f"after iteration {iteration}"
+        raise Stopped(f"{signal.Signals(self.stop_signal).name}: stopped {where}; {self.way_on}")
+
+    @property
+    def way_on(self) -> str:
+        """For the message that a run ends with."""
+        return f"--resume continues from {self.last_saved or self.resumed_from or 'the beginning'}"
+
+    def finish_validation(self) -> None:
+        """The validation that the run was stopped in."""
+        self.logger.info(f"validation after iteration {self.iter}, which the run was stopped in")
+        self.val_loop.run()
+        meta = {"epoch": self.epoch, "iter": self.iter, "remove_later": self.stop_file is not None}
+        self.save_checkpoint(self.work_dir, f"iter_{self.iter}.pth", meta=meta)
 
     def set_randomness(self, seed: int | None, diff_rank_seed: bool = False, deterministic: bool = False) -> None:
         """As in Runner, but an operator that exists in no deterministic form is a warning, not the end."""
@@ -73,6 +145,7 @@ class CarefulRunner(Runner):
             CheckpointError: the file cannot be read, or does not fit; with the names of what differs.
         """
         checkpoint = read_run_checkpoint(filename, bool(self.cfg.get("trust_checkpoint")))
+        self._loaded_meta = checkpoint.get("meta") or {}
         self.call_hook("after_load_checkpoint", checkpoint=checkpoint)
         weights = extract_state_dict(checkpoint, use_ema=False, name=filename)
         self._check_classes(checkpoint, filename)
@@ -108,10 +181,61 @@ class CarefulRunner(Runner):
                 f"{', '.join(differing[:3])}; --classes FILE chooses classes"
             )
 
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """As in Runner; also at the place within an epoch, and in the validation, where the run was stopped."""
+        super().resume(filename, *args, **kwargs)
+        meta, loop = self._loaded_meta, self.train_loop
+        sampler = loop.dataloader.batch_sampler.sampler
+        if hasattr(sampler, "seed") and not self._randomness_cfg.get("diff_rank_seed"):
+            sampler.seed = self.seed  # it was built before the seed of the checkpoint was known
+        self.resumed_from = Path(filename)
+        if meta.get("remove_later") and self.resumed_from.resolve().parent == Path(self.work_dir).resolve():
+            self.stop_file = self.resumed_from
+        self.validation_due = bool(meta.get("validation_due")) and self.val_loop is not None
+        if not meta.get("images_done") or not isinstance(loop, ResumableEpochLoop):
+            return
+        if meta.get("images_in_all") == len(loop.dataloader.dataset):
+            loop.batches_done = meta["images_done"] // loop.images_per_step
+            of = f"{loop.batches_done} of {len(loop.dataloader)} batches"
+            self.logger.info(f"epoch {self.epoch + 1} goes on after {of}")
+        else:
+            self.logger.warning(f"the data set has changed, so epoch {self.epoch + 1} begins anew")
+
     def save_checkpoint(self, out_dir: str, filename: str, file_client_args: dict | None = None, **kwargs: Any) -> None:
-        """As in Runner, but of all processes' statistics, and the file takes its name when it is complete."""
+        """As in Runner, but of all processes' statistics, and the file takes its name when it is complete.
+
+        Raises:
+            RunError: it cannot be written; in all processes.
+            Diverged: the weights are not finite.
+        """
         average_statistics(self.model)
-        partial = f"{filename}.part"
-        super().save_checkpoint(out_dir, partial, file_client_args, **kwargs)
-        if is_main_process():
-            os.replace(Path(out_dir) / partial, Path(out_dir) / filename)
+        meta = {**(kwargs.pop("meta", None) or {})}
+        if isinstance(self.train_loop, ResumableEpochLoop):
+            meta["images_done"] = self.train_loop.batches_done * self.train_loop.images_per_step
+            meta["images_in_all"] = len(self.train_loop.dataloader.dataset)
+        save = super().save_checkpoint
+        file = Path(out_dir) / filename
+
+        def save_as(path: Path) -> None:
+            save(str(path.parent), path.name, file_client_args, meta=meta, **kwargs)
+
+        def write() -> None:
+            if not Path(self.work_dir).is_dir():
+                raise RunError(f"cannot write {file}: the output folder is gone")
+            try:
+                write_atomically(file, save_as)
+            except Diverged:
+                raise
+            except (RunError, OSError) as error:
+                raise RunError(f"{error}; {self.way_on}") from error
+
+        on_main_process(write)
+        if kwargs.get("save_optimizer", True):  # one of the best has none
+            self.last_saved = file
+            self._remove_stop_file(file if meta.get("remove_later") else None)
+
+    def _remove_stop_file(self, new: Path | None) -> None:
+        """The checkpoint of an earlier stop has served, once there is a later one."""
+        old, self.stop_file = self.stop_file, new
+        if old and is_main_process() and old.resolve() != self.last_saved.resolve():
+            old.unlink(missing_ok=True)
