@@ -2,11 +2,16 @@
 
 import builtins
 import errno
+import hashlib
+import io
 import logging
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +27,7 @@ from convmlp.zoo import (
     CheckpointError,
     adapt_state_dict,
     checkpoint_urls,
+    expected_hash,
     extract_state_dict,
     load_pretrained,
     read_checkpoint,
@@ -282,6 +288,199 @@ def test_failed_downloads_leave_nothing_behind_and_say_what_to_do(broken, server
         assert f"{mirror}convmlp_s_imagenet.pth" in str(error.value)
     assert str(cache / "convmlp_s_imagenet.pth") in str(error.value)
     assert ".part" not in str(error.value)
+
+
+def unannounced(body: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Send a body without a word of its length."""
+
+    def answer(handler: BaseHTTPRequestHandler):
+        handler.send_response(200)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return answer
+
+
+@pytest.mark.parametrize("send", [page, unannounced])
+def test_a_download_beyond_the_limit_is_cut_off(send, server, cache, file, monkeypatch):
+    body = file.read_bytes()
+    limit = len(body) - 1
+    server.pages["/tiny.pth"] = send(body)
+    monkeypatch.setattr("convmlp.zoo.LARGEST_DOWNLOAD", limit)
+    said = (
+        f"announces {len(body)} bytes, the limit for downloads is {limit}" if send is page else f"more than {limit} b"
+    )
+    with pytest.raises(CheckpointError, match=said):
+        load_pretrained(tiny(), f"{server.url}/tiny.pth")
+    assert list(cache.iterdir()) == []
+
+
+def test_a_download_of_unknown_length_is_taken(server, file, weights):
+    server.pages["/tiny.pth"] = unannounced(file.read_bytes())
+    model = tiny()
+    load_pretrained(model, f"{server.url}/tiny.pth")
+    assert_holds(model, weights)
+
+
+def test_a_download_at_the_limit_is_taken(server, file, weights, monkeypatch):
+    server.pages["/tiny.pth"] = page(file.read_bytes())
+    monkeypatch.setattr("convmlp.zoo.LARGEST_DOWNLOAD", file.stat().st_size)
+    model = tiny()
+    load_pretrained(model, f"{server.url}/tiny.pth")
+    assert_holds(model, weights)
+
+
+def test_an_announced_size_beyond_the_limit_is_not_begun(server, cache):
+    def answer(handler: BaseHTTPRequestHandler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(2**50))
+        handler.end_headers()
+        handler.wfile.write(b"x")
+
+    server.pages["/huge.pth"] = answer
+    with pytest.raises(CheckpointError, match=f"announces {2**50} bytes, the limit for downloads is {4 * 2**30}"):
+        load_pretrained(tiny(), f"{server.url}/huge.pth")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [None, 100], ids=["before the answer", "in the middle"])
+def test_a_server_that_falls_silent_is_left_for_the_next(sent, server, cache, file, weights, monkeypatch):
+    silence = threading.Event()
+    body = file.read_bytes()
+
+    def answer(handler: BaseHTTPRequestHandler):
+        if sent:
+            page(body, sent)(handler)
+            handler.wfile.flush()
+        silence.wait(20)
+
+    server.pages = {"/first/tiny.pth": answer, "/second/tiny.pth": page(body)}
+    monkeypatch.setattr("convmlp.zoo.TIMEOUT", 0.3)
+    model = tiny()
+    start = time.monotonic()
+    try:
+        load_pretrained(model, [f"{server.url}/first/tiny.pth", f"{server.url}/second/tiny.pth"])
+    finally:
+        silence.set()
+    assert time.monotonic() - start < 10
+    assert_holds(model, weights)
+    assert [f.name for f in cache.iterdir()] == ["tiny.pth"]
+
+
+def test_a_connection_that_breaks_off_is_said_to(server, file):
+    body = file.read_bytes()
+    server.pages["/tiny.pth"] = page(body, 100)
+    with pytest.raises(CheckpointError, match=f"the connection broke off after 100 of {len(body)} bytes"):
+        load_pretrained(tiny(), f"{server.url}/tiny.pth")
+
+
+HASHED = {
+    "fragment": "/tiny.pth#sha256={}",
+    "fragment, first digits": "/tiny.pth#sha256={:.8}",
+    "fragment, capitals": "/tiny.pth#sha256={}",
+    "name": "/tiny-{:.8}.pth",
+    "name, all digits": "/tiny-{}.pth",
+    "file URL": "file://#sha256={}",
+}
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
+@pytest.mark.parametrize("kind", HASHED)
+def test_the_hash_of_a_url_is_checked(kind, wrong, server, cache, file, weights):
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
+    expected = "".join("0123456789abcdef"[15 - int(digit, 16)] for digit in found) if wrong else found
+    expected = f"abcdefab{expected[8:]}" if wrong else expected  # whose first digits are no date
+    template = HASHED[kind]
+    url = template.format(expected.upper() if "capitals" in kind else expected)
+    if kind == "file URL":
+        url = url.replace("file://", file.as_uri())
+    else:
+        url = server.url + url
+        server.pages[url.removeprefix(server.url).partition("#")[0]] = page(file.read_bytes())
+    model = tiny()
+    if not wrong:
+        load_pretrained(model, url)
+        return assert_holds(model, weights)
+    with pytest.raises(CheckpointError, match=f"wrong SHA-256: expected abcdefab[0-9a-f]*, found {found}"):
+        load_pretrained(model, url)
+    assert not cache.exists() or list(cache.iterdir()) == []
+
+
+def test_of_mirrors_the_one_with_the_right_hash_is_taken(server, file, weights):
+    name = f"tiny-{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.pth"
+    other = saved_bytes(random_weights(tiny(), seed=2))
+    server.pages = {f"/first/{name}": page(other), f"/second/{name}": page(file.read_bytes())}
+    model = tiny()
+    load_pretrained(model, [f"{server.url}/first/{name}", f"{server.url}/second/{name}"])
+    assert_holds(model, weights)
+
+
+def saved_bytes(content) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("https://a.org/resnet18-5c106cde.pth", "5c106cde"),
+        ("https://a.org/retinanet_20200130-c2398f9e.pth", "c2398f9e"),
+        ("https://a.org/model-20240115.pth", ""),
+        ("https://a.org/model-base.pth", ""),
+        ("https://a.org/abcdef01-model.pth", ""),
+        ("https://a.org/model-5c106cde.pth#sha256=ABCDEF0123", "abcdef0123"),
+        ("https://a.org/model-5c106cde.pth?x=1", "5c106cde"),
+    ],
+)
+def test_the_hash_in_a_url(url, expected):
+    assert expected_hash(url) == expected
+
+
+@pytest.mark.parametrize("fragment", ["sha256=", "sha256=xyz", "sha256=abc", "sha512=" + "a" * 64, "main"])
+def test_what_is_no_hash_behind_a_url_is_named(fragment, server, file):
+    server.pages["/tiny.pth"] = page(file.read_bytes())
+    with pytest.raises(CheckpointError, match=f"#{fragment} is not #sha256=HEX"):
+        load_pretrained(tiny(), f"{server.url}/tiny.pth#{fragment}")
+    assert server.asked == []
+
+
+def test_a_process_that_is_killed_leaves_nothing_that_looks_like_a_checkpoint(server, cache, file, weights):
+    body = file.read_bytes()
+    arrived, silence = threading.Event(), threading.Event()
+
+    def answer(handler: BaseHTTPRequestHandler):
+        page(body, len(body) - 1)(handler)
+        handler.wfile.flush()
+        arrived.set()
+        silence.wait(60)
+
+    url = f"{server.url}/tiny.pth"
+    server.pages["/tiny.pth"] = answer
+    code = f"from convmlp.zoo import find_checkpoint; find_checkpoint({url!r})"
+    process = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        assert arrived.wait(60)
+        while not (cache.exists() and list(cache.iterdir())):
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+        silence.set()
+    (left,) = cache.iterdir()
+    assert left.suffix == ".part"
+    server.pages["/tiny.pth"] = page(body)
+    model = tiny()
+    load_pretrained(model, url)
+    assert_holds(model, weights)
+
+
+def test_long_names_in_urls_are_shortened(server, file, weights):
+    name = "x" * 300 + "." + "y" * 300
+    server.pages[f"/{name}"] = page(file.read_bytes())
+    model = tiny()
+    load_pretrained(model, f"{server.url}/{name}")
+    assert_holds(model, weights)
 
 
 def test_pretrained_downloads_the_variant_from_the_mirrors(server, cache, published, monkeypatch):

@@ -1,15 +1,20 @@
 """Pictures from files: which ones a path names, and every kind of them as plain RGB or grey."""
 
 import glob
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from .errors import RunError
+
+# How many times as long as wide a picture may be: resized to a short side of 256 px it has 26 MB at this limit, and
+# would have 4 GB at 30000x2
+LONGEST = 100
 
 EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 
@@ -45,31 +50,59 @@ def read_picture(path: str | Path, mode: str = "RGB") -> Image.Image:
     """A picture of any format that Pillow reads, upright by its EXIF tag; of an animation the first frame.
 
     Raises:
-        UnreadablePicture: it is missing, no picture, damaged, or too large to be an honest one.
+        UnreadablePicture: it is missing, no picture, damaged, EPS, too large to be an honest one, or too long.
+    """
+    try:
+        return to_mode(open_picture(path, upright=True), mode)
+    except Exception as error:  # of modes that Pillow cannot convert, besides what is said above
+        raise UnreadablePicture(f"{path}: {error}") from error
+
+
+def open_picture(file: str | Path | IO[bytes], upright: bool = False) -> Image.Image:
+    """A picture as it is in a file, or turned by its EXIF tag; of an animation the first frame.
+
+    Raises:
+        UnreadablePicture: for the reasons that `read_picture` has; the message is the reason alone.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF entries, and of pictures that are merely large
-            with Image.open(path) as image:
+            with Image.open(file) as image:
+                if image.format == "EPS":
+                    raise UnreadablePicture("EPS is not read: it is a program, which Ghostscript would run")
                 image.load()
-                return to_mode(ImageOps.exif_transpose(image), mode)
-    except Image.DecompressionBombError as error:
-        raise UnreadablePicture(f"{path}: {error}") from error
+                return ImageOps.exif_transpose(image) if upright else image
+    except UnreadablePicture:
+        raise
     except Exception as error:  # Pillow's plugins raise whatever their formats provoke
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not a picture" if Path(path).stat().st_size else "an empty file"
-        raise UnreadablePicture(f"{path}: {reason}") from error
+            reason = "not a picture" if _has_content(file) else "an empty file"
+        raise UnreadablePicture(reason) from error
+
+
+def _has_content(file: str | Path | IO[bytes]) -> bool:
+    if isinstance(file, (str, Path)):
+        return Path(file).stat().st_size > 0
+    return file.seek(0, os.SEEK_END) > 0
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """An image as RGB or L: 16 bits are scaled to 8, what is transparent becomes white.
 
     Floating point values and long integers count up to 1, 255 or 65535, the first that is enough.
+
+    Raises:
+        UnreadablePicture: one side is more than `LONGEST` times the other; no resized copy of it would fit in memory.
     """
-    if image.mode.startswith(("I", "F")):  # which Pillow would clip instead of scale
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        if image.mode.startswith("I;16") or values.max() > 255:
+    if max(image.size) > LONGEST * min(image.size):
+        size = f"{image.width}x{image.height} px"
+        raise UnreadablePicture(f"{size}, one side is more than {LONGEST} times the other")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # which Pillow would clip instead of scale
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        if values.max() > 255:
             values = values // 256
         elif image.mode == "F" and values.max() <= 1:
             values = values * 255

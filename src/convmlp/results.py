@@ -8,6 +8,7 @@ pixels) and mask (COCO's run-length code).
 import csv
 import itertools
 import json
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,10 +36,15 @@ def make_table(rows: Sequence[Row]) -> Table:
     for picture, found in lines:
         share = f"{100 * found[measure]:.1f} %" if found else ""
         sides = ", ".join(f"{side:.0f}" for side in found.get("box", ()))
-        cells = ["" if picture == shown else escape(picture), escape(found.get("name", "nothing found")), share, sides]
+        cells = ["" if picture == shown else _plain(picture), _plain(found.get("name", "nothing found")), share, sides]
         table.add_row(*cells[: len(table.columns)])
         shown = picture
     return table
+
+
+def _plain(text: str) -> str:
+    """A name out of a file as rich shows it: neither its markup nor an order to the terminal."""
+    return escape("".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text))
 
 
 def write_json(file: TextIO, rows: Sequence[Row], unreadable: Sequence[Exception]) -> None:

@@ -4,6 +4,7 @@ import inspect
 import logging
 import tarfile
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
 from ..errors import RunError, suggest
-from ..pictures import EXTENSIONS
+from ..pictures import EXTENSIONS, open_picture
 
 _logger = logging.getLogger(__name__)
 
@@ -36,9 +37,7 @@ class ReaderSource:
     def load(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index][:2]
         with file:
-            image = Image.open(file)
-            image.load()
-        return image, int(target)
+            return open_picture(file), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True))
@@ -130,6 +129,8 @@ def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
     split = options.train_split if train else options.val_split
     if options.class_map and not Path(options.class_map).is_file():
         raise RunError(f"no such --class-map: {options.class_map}")
+    if options.class_map and Path(options.class_map).suffix.lower() != ".txt":
+        raise RunError(f"--class-map is a text file, NAME.txt, with a class name a line, got {options.class_map}")
     if kind in ("wds", "tfds") and not (options.data_dir and Path(options.data_dir).is_dir()):
         raise RunError(f"no data folder for --dataset {name}: {options.data_dir or 'name it last on the command line'}")
     keys = {"input_key": options.input_key, "target_key": options.target_key}
@@ -252,6 +253,8 @@ def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
         except (RuntimeError, OSError, TypeError, ImportError) as error:
             hint = "; --download lets it download itself" if settings and not options.download else ""
             raise RunError(f"cannot open {name} in {options.data_dir}: {error}{hint}") from error
+        except PickleError as error:  # of the code that torchvision has just not run
+            raise RunError(f"cannot open {name} in {options.data_dir}: a file holds more than tensors") from error
     raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
 
 

@@ -1,6 +1,5 @@
 """Boxes, masks and label maps drawn into pictures, see `inference`."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,10 +7,8 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as run_lengths
 
 from ..figures import picture_font
-from .hooks import SMALLEST_SIDE
+from .hooks import enlargement
 from .inference import SCORE_THRESHOLD, Colour, Detections, Segmentation, TrainedModel, listed, present
-
-LARGEST_DRAWN = 4096  # pixels; only what is smaller is enlarged
 
 
 def draw(
@@ -21,7 +18,7 @@ def draw(
 
     Names would cover small pictures, so these are enlarged by a whole number.
     """
-    factor = min(math.ceil(SMALLEST_SIDE / min(image.size)), max(1, LARGEST_DRAWN // max(image.size)))
+    factor = enlargement(*image.size)
     picture = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     font = picture_font(max(13, round(max(picture.size) / 70)))
     if isinstance(result, Segmentation):

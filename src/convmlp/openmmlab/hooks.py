@@ -13,7 +13,12 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
-SMALLEST_SIDE = 384
+SMALLEST_SIDE, LARGEST_DRAWN = 384, 4096  # pixels
+
+
+def enlargement(width: int, height: int) -> int:
+    """How many times as large a picture is drawn: names would cover a small one; a large or long one stays as it is."""
+    return min(math.ceil(SMALLEST_SIDE / min(width, height)), max(1, LARGEST_DRAWN // max(width, height)))
 
 
 @HOOKS.register_module()
@@ -21,7 +26,7 @@ class DrawPredictions(Hook):
     """In a test, draws truth (left) and prediction (right) of pictures from all over the data set.
 
     Args:
-        folder: Where to, as NAME.png.
+        folder: Where to, as NAME.png. A name is made of the whole path of a picture, so it never leads elsewhere.
         limit: About how many pictures.
     """
 
@@ -38,7 +43,7 @@ class DrawPredictions(Hook):
         for i, sample in enumerate(outputs):
             if (batch_idx * loader.batch_size + i) % step == 0:
                 picture = mmcv.imread(sample.img_path, channel_order="rgb")
-                factor = math.ceil(SMALLEST_SIDE / min(picture.shape[:2]))
+                factor = enlargement(*picture.shape[:2])
                 picture = mmcv.imrescale(picture, factor)
                 name = "_".join(Path(os.path.relpath(sample.img_path, folders[0])).with_suffix(".png").parts)
                 runner.visualizer.add_datasample(
