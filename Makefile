@@ -4,7 +4,7 @@
 # make ablation                  install, then take the model apart: four steps from Pure-MLP to ConvMLP-S, three seeds (an hour)
 # make pictures                  install, then make the pictures of README and docs (a quarter of an hour)
 # make test                      install, then run the whole test suite
-# make fuzz                      thousands of random inputs (ten minutes); `make test` tries some of them
+# make fuzz                      forty thousand random inputs (half an hour); `make test` tries some of them
 # make survive                   kill a training run twenty times, with one process and with two (a quarter of an hour)
 # make test-upstream             the tests of detection and segmentation with OpenMMLab's own packages
 # Each target sets up .venv by itself, once. PYTHON=python3.12 make ... takes another interpreter.

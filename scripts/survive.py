@@ -99,7 +99,7 @@ class Run:
             self._await(lambda: self.seconds > end)
         elif moment == "in a save":
             left = rng.randrange(1, 6)  # of the files that are written, this one
-            seen: set[str] = set()
+            seen: set[tuple[str, int]] = set()
             self._await(lambda: seen.update(self._being_written()) or len(seen) >= left)
         else:
             self._await(lambda: any("batch 22/22" in line for line in self.lines))
@@ -109,9 +109,12 @@ class Run:
         self.kill()
         return True
 
-    def _being_written(self) -> Iterator[str]:
+    def _being_written(self) -> Iterator[tuple[str, int]]:
         for path in self.folder.glob(".*.part*"):
-            yield f"{path.name}{path.stat().st_ino}" if path.exists() else path.name
+            try:
+                yield path.name, path.stat().st_ino
+            except FileNotFoundError:  # it has its name by now
+                pass
 
     def _await(self, condition: Any) -> None:
         while self.running and not condition():

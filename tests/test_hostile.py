@@ -616,3 +616,20 @@ def test_names_cannot_command_the_terminal():
     shown = console.file.getvalue()
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", shown)
     assert r"\x1b]0;owned\x07 [red]cat[/red]\x9b2J" in shown and r"a\x1b[2J.png" in shown
+
+
+@pytest.mark.parametrize("name", ["hf-hub:somebody/model", "local-dir:/tmp/model"])
+def test_a_checkpoint_alone_does_not_fetch_a_model(tmp_path, pictures, capsys, name):
+    about = {
+        "arch": name,
+        "class_names": ["a", "b"],
+        "args": {"model": name},
+        "data_config": {"input_size": (3, 32, 32)},
+    }
+    torch.save({**about, "state_dict": convmlp.convmlp_s(num_classes=2).state_dict()}, tmp_path / "elsewhere.pth")
+    picture = next(pictures.glob("val/*/*.png"))
+    calls = [cli.main(["predict", str(picture), "--checkpoint", str(tmp_path / "elsewhere.pth")])]
+    calls.append(classification.main(["--eval", str(tmp_path / "elsewhere.pth"), str(pictures)]))
+    messages = capsys.readouterr().err.splitlines()
+    assert calls == [2, 2] and len(messages) == 2
+    assert all(f"says that its model is {name}, which lies elsewhere: --model {name}" in line for line in messages)

@@ -28,13 +28,16 @@ from .zoo import (
     extract_state_dict,
     find_checkpoint,
     fitting_variant,
+    list_other_types,
     load_pretrained,
     read_checkpoint,
+    shorten,
 )
 
 _logger = logging.getLogger(__name__)
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
+LARGEST = 16384  # pixels on a side of what a model sees
 SOURCES = ("local-dir:", "hf-hub:")
 
 
@@ -95,13 +98,15 @@ def open_classifier(
         RunError, CheckpointError: an unknown name, or weights that cannot be had or do not fit.
     """
     chosen = choose_device(device)
-    if img_size is not None and img_size < 32:
-        raise RunError(f"--img-size is 32 px or more, got {img_size}")
+    if img_size is not None and not 32 <= img_size <= LARGEST:
+        limit = "32 px or more" if img_size < 32 else f"{LARGEST} px or less"
+        raise RunError(f"--img-size is {limit}, got {img_size}")
     folder = _hub_folder(checkpoint)
     if folder:
         model, checkpoint = f"local-dir:{folder}", None
     if checkpoint is None:
         name = model or "convmlp_s"
+        check_name("--model", name)
         settings = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
         network = create_by_name(name, pretrained, **settings)
         about: dict[str, Any] = {}
@@ -152,22 +157,27 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str,
     if name is None:
         raise RunError(f"{path} does not tell its model: --model NAME")
     check_name("--model", name)
+    if not model:
+        check_source(name, str(path))
     settings = {"global_pool": args["gp"]} if args.get("gp") else {}
     if about and has_fixed_size(name):
         settings["img_size"] = about["data_config"]["input_size"][-1]
     head, first_conv = (weights.get(f"{layer}.weight") for layer in layer_names(name))
-    if head is None:
+    if head is None or head.ndim == 0 or len(head) == 0:
         raise RunError(f"{path} holds no head of {name}, so it cannot classify")
     classes = about.get("class_names")
     if classes and len(classes) != len(head):
         raise CheckpointError(f"{path} names {len(classes)} classes, its head has {len(head)}")
-    network = create_by_name(
-        name,
-        num_classes=len(head),
-        in_chans=args.get("in_chans") or (3 if first_conv is None or first_conv.ndim != 4 else first_conv.shape[1]),
-        **settings,
-        **(args.get("model_kwargs") or {}),
-    )
+    has_conv = first_conv is not None and first_conv.ndim == 4
+    in_chans = args.get("in_chans") or (first_conv.shape[1] if has_conv else 3)
+    settings |= dict(num_classes=len(head), in_chans=in_chans)
+    network = create_by_name(name, **settings, **(args.get("model_kwargs") or {}))
+    channels = {in_chans, *(first_conv.shape[1:2] if has_conv and isinstance(network, ConvMLP) else ())}
+    channels |= {about["data_config"]["input_size"][0]} if about else set()
+    if len(channels) > 1:
+        raise CheckpointError(
+            f"{path} contradicts itself: its pictures have {' or '.join(map(str, channels))} channels"
+        )
     load_weights(network, content, str(path))
     return name, network, about
 
@@ -180,16 +190,26 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     sides = config.get("input_size") if isinstance(config, Mapping) else None
     right = {
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
-        "args": isinstance(args, Mapping) and isinstance(args.get("model_kwargs", {}), Mapping),
-        "data_config": isinstance(sides, (list, tuple)) and len(sides) == 3 and all(isinstance(n, int) for n in sides),
+        "args": isinstance(args, Mapping) and _are_settings(args.get("model_kwargs") or {}),
+        "data_config": isinstance(sides, (list, tuple))
+        and len(sides) == 3
+        and all(isinstance(n, int) and 0 < n <= LARGEST for n in sides),
     }
     for key, holds in right.items():
         if not holds:
             raise CheckpointError(f"{path} is no checkpoint of classification.py: its {key} is {about.get(key)!r:.80}")
+    mode = "L" if sides[0] == 1 else "RGB"
     try:
-        create_transform(**config)
+        create_transform(**{**config, "input_size": (sides[0], 32, 32)})(Image.new(mode, (40, 36)))
     except Exception as error:  # of whatever the values lead to
         raise CheckpointError(f"{path}: its data_config cannot be used: {type(error).__name__}: {error}") from error
+
+
+def _are_settings(arguments: Any) -> bool:
+    """Whether these can be arguments of a model beside those that `_load` gives it."""
+    own = {"name", "pretrained", "progress", "option", "num_classes", "in_chans", "global_pool", "img_size"}
+    own |= {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
+    return isinstance(arguments, Mapping) and all(isinstance(key, str) and key not in own for key in arguments)
 
 
 def _hub_folder(checkpoint: str | None) -> Path | None:
@@ -201,7 +221,8 @@ def _hub_folder(checkpoint: str | None) -> Path | None:
 
 def has_fixed_size(name: str) -> bool:
     """Whether a timm model is built for one image size."""
-    return not name.startswith(SOURCES) and bool(timm.get_pretrained_cfg_value(name, "fixed_input_size"))
+    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
+    return bool(cfg and cfg.fixed_input_size)
 
 
 def _published_name(source: str, weights: Mapping[str, torch.Tensor]) -> str | None:
@@ -290,6 +311,12 @@ def check_name(option: str, name: str) -> None:
         raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
 
 
+def check_source(name: str, path: str) -> None:
+    """A checkpoint alone does not make anything be fetched from elsewhere."""
+    if name.startswith(SOURCES):
+        raise RunError(f"{path} says that its model is {name}, which lies elsewhere: --model {name} allows that")
+
+
 def is_ours(name: str) -> bool:
     """Whether a timm name is of a published ConvMLP."""
     return name.split(".")[0].removesuffix("_classification") in VARIANTS
@@ -315,20 +342,23 @@ def load_weights(
     """
     state_dict = extract_state_dict(checkpoint, use_ema, name=path)
     about = checkpoint if isinstance(checkpoint, dict) else {}
+    config, names = about.get("data_config"), about.get("class_names")
     for key in ("mean", "std"):
-        if (about.get("data_config") or {}).get(key):
-            model.pretrained_cfg = {**model.pretrained_cfg, key: about["data_config"][key]}
+        values = config.get(key) if isinstance(config, Mapping) else None
+        if values and isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values):
+            model.pretrained_cfg = {**model.pretrained_cfg, key: values}
 
     classifier = model.pretrained_cfg["classifier"]
     weight = state_dict.get(f"{classifier}.weight")
     if (
         class_names is not None
         and weight is not None
-        and (len(weight) != len(class_names) or about.get("class_names", class_names) != list(class_names))
+        and weight.ndim > 0
+        and (len(weight) != len(class_names) or (isinstance(names, list) and names != list(class_names)))
     ):
         message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
         if len(weight) == len(class_names):
-            message = f"{path} knows other classes ({', '.join(about['class_names'][:3])}, ...) than the data has"
+            message = f"{path} knows other classes ({', '.join(map(str, names[:3]))}, ...) than the data has"
         if not new_head:
             raise RunError(message)
         _logger.warning(f"{message}: the head starts afresh")
@@ -336,6 +366,9 @@ def load_weights(
         state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
     if isinstance(model, ConvMLP):
         state_dict = adapt_state_dict(state_dict, model, name=path)
+    other_types = list_other_types(state_dict, model.state_dict())
+    if other_types:
+        raise CheckpointError(f"{path} does not fit the model: {shorten(other_types)}")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """ConvMLP: a hierarchical backbone of convolutions and channel MLPs (Li et al. 2021, arXiv 2109.04454)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,6 +38,8 @@ class ConvMLP(nn.Module):
 
     Raises:
         ValueError: sequences of unequal length, a value out of range, or an unknown pooling.
+        TypeError: a value of another type than above.
+        RuntimeError: in forward, PyTorch's own, an input of other channels than `in_chans`.
     """
 
     def __init__(
@@ -58,11 +61,14 @@ class ConvMLP(nn.Module):
         spatial_connect: bool = True,
     ):
         super().__init__()
+        blocks, dims, mlp_ratios = tuple(blocks), tuple(dims), tuple(mlp_ratios)
         if not len(blocks) == len(dims) == len(mlp_ratios) > 0:
             raise ValueError(f"one entry a stage is needed in each, got {blocks=}, {dims=}, {mlp_ratios=}")
         if channels < 2 or channels % 2:
             raise ValueError(f"the tokenizer needs an even width, got {channels=}")
-        if min(*blocks, n_conv_blocks) < 0 or min(dims) < 1 or min(mlp_ratios) <= 0:
+        widths = [*zip(dims, mlp_ratios, strict=True), *([] if conv_stage else [(channels, mlp_ratios[0])])]
+        hidden_dims = [dim * mlp_ratio for dim, mlp_ratio in widths]
+        if min(*blocks, n_conv_blocks) < 0 or min(dims) < 1 or not all(1 <= dim < math.inf for dim in hidden_dims):
             raise ValueError(
                 f"no negative counts, no empty widths, got {blocks=}, {n_conv_blocks=}, {dims=}, {mlp_ratios=}"
             )

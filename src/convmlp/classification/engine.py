@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from ..classifier import load_weights
+from ..classifier import check_source, load_weights
 from ..errors import RunError, complain
 from ..files import LOCK, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
 from ..signals import STOPPED, Stopped, lost_process
@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
             checkpoint = read_checkpoint(options.eval)
             if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
                 settings = {key: value for key, value in checkpoint["args"].items() if key in EVALUATION_SETTINGS}
+                if not any(argument.split("=")[0] == "--model" for argument in argv):
+                    check_source(str(settings.get("model")), options.eval)
                 options = parse_options(argv, base=settings)
         process = start_process(options.device)
         if not process.primary:

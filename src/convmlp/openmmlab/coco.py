@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from typing import Any
 from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
-from PIL import Image
 
 from ..errors import RunError
 from .datasets import (
@@ -22,6 +22,7 @@ from .datasets import (
     leaf_datasets,
     missing_in_training,
     needed_datasets,
+    picture_size,
     read_names,
     set_classes,
     some,
@@ -114,14 +115,14 @@ def _find(dataset: dict[str, Any], name: str) -> Part:
     folders += [root / place.format(split) for split in SPLITS[name] for place in IMAGES] + [file.parent]
     images = content["images"]
     sample = [image["file_name"] for image in images[:: -(-len(images) // 50)]]
-    folder = max(folders, key=lambda folder: sum((folder / file_name).is_file() for file_name in sample))
+    folder = max(folders, key=lambda folder: sum(os.path.isfile(folder / file_name) for file_name in sample))
     return Part(name, file, folder, content)
 
 
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise RunError(f"{file} is not a COCO annotation file: not a mapping")
@@ -134,12 +135,12 @@ def _read(file: Path) -> dict[str, Any]:
         for field, kinds in fields.items():
             for entry in entries:
                 if not isinstance(entry, dict):
-                    raise RunError(f"{file}: {key} holds {entry!r}, which is not a mapping")
+                    raise RunError(f"{file}: {key} holds {entry!r:.80}, which is not a mapping")
                 if field not in entry:
                     lacking = sum(field not in other for other in entries if isinstance(other, dict))
                     raise RunError(f"{file}: {lacking} {key} have no {field!r}, the first has id {entry.get('id')!r}")
                 if not isinstance(entry[field], kinds):
-                    raise RunError(f"{file}: {key} with id {entry.get('id')!r} has {field} {entry[field]!r}")
+                    raise RunError(f"{file}: {key} with id {entry.get('id')!r} has {field} {entry[field]!r:.80}")
     return content
 
 
@@ -195,10 +196,11 @@ def _problems(part: Part, with_masks: bool, everything: bool) -> list[str]:
 
     files = {image["file_name"]: image for image in images.values()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        there = dict(zip(files, pool.map(lambda name: (part.images / name).is_file(), files), strict=True))
+        there = dict(zip(files, pool.map(lambda name: os.path.isfile(part.images / name), files), strict=True))
         looked = [name for name in files if there[name]]
         looked = looked[:: 1 if everything else max(1, -(-len(looked) // SAMPLE))]
-        sizes = dict(zip(looked, pool.map(lambda name: _size(part.images / name), looked), strict=True))
+        found = pool.map(lambda name: picture_size(part.images / name, everything), looked)
+        sizes = dict(zip(looked, found, strict=True))
     report(f"images are not in {part.images}", [name for name in files if not there[name]])
     report("images cannot be read", [name for name, size in sizes.items() if not size])
     report(
@@ -215,6 +217,7 @@ def _problems(part: Part, with_masks: bool, everything: bool) -> list[str]:
         "annotations belong to images that are not listed",
         [a["id"] for a in annotations if a["image_id"] not in images],
     )
+    report("boxes are not four numbers, annotations", [a["id"] for a in annotations if not _is_box(a["bbox"])])
     bad = [a["id"] for a in annotations if a["image_id"] in images and not _fits(a, images[a["image_id"]])]
     if len(bad) > TOLERATED_BOXES * len(annotations):
         report("boxes have no size or reach out of the image (x, y, width, height in pixels), annotations", bad)
@@ -222,26 +225,57 @@ def _problems(part: Part, with_masks: bool, everything: bool) -> list[str]:
         report("annotations have no segmentation", [a["id"] for a in annotations if not a.get("segmentation")])
         report(
             "annotations have a segmentation that is neither polygons of three points or more nor RLE",
-            [a["id"] for a in annotations if a.get("segmentation") and not _is_mask(a["segmentation"])],
+            [
+                a["id"]
+                for a in annotations
+                if a.get("segmentation") and a["image_id"] in images and not _is_mask(a, images[a["image_id"]])
+            ],
         )
     return problems
 
 
-def _size(path: Path) -> tuple[int, int] | None:
-    """Width and height of a picture, None if it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return picture.size
-    except OSError:
-        return None
-
-
-def _is_mask(segmentation: Any) -> bool:
+def _is_mask(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
+    """Whether pycocotools can draw a mask: it checks nothing, and damaged ones may end the whole process."""
+    segmentation, size = annotation["segmentation"], [image["height"], image["width"]]
     if isinstance(segmentation, dict):
-        return "counts" in segmentation and "size" in segmentation
-    return isinstance(segmentation, list) and all(
-        isinstance(polygon, list) and len(polygon) >= 6 and len(polygon) % 2 == 0 for polygon in segmentation
-    )
+        lengths = segmentation.get("counts")
+        lengths = _decode_lengths(lengths) if isinstance(lengths, str) else lengths
+        return (
+            segmentation.get("size") == size
+            and isinstance(lengths, list)
+            and all(isinstance(length, int) and length >= 0 for length in lengths)
+            and sum(lengths) == math.prod(size)
+        )
+    return isinstance(segmentation, list) and all(_is_polygon(polygon, max(size)) for polygon in segmentation)
+
+
+def _is_polygon(points: Any, side: int) -> bool:
+    """Whether these are x, y, x, y, ... of three points or more, not far out of an image of this longer side."""
+    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
+        return False
+    try:  # a large data set has fifty million of them
+        return math.isfinite(sum(points)) and -side <= min(points) and max(points) <= 2 * side
+    except TypeError:  # one is no number
+        return False
+
+
+def _decode_lengths(text: str) -> list[int] | None:
+    """The run lengths in COCO's compressed form, six bits a character, differences from the third on; None if damaged.
+
+    The sixth bit says that the number goes on, the fifth of its last character is its sign.
+    """
+    lengths: list[int] = []
+    number = shift = 0
+    for bits in (ord(character) - 48 for character in text):
+        if not 0 <= bits < 64 or shift > 60:
+            return None
+        number |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            number -= (1 << shift) if bits & 16 else 0
+            lengths.append(number + (lengths[-2] if len(lengths) > 2 else 0))
+            number = shift = 0
+    return None if shift else lengths
 
 
 def _trainable(part: Part, names: list[str], smallest: int) -> set[Any]:
@@ -261,12 +295,15 @@ def _nothing_left(part: Part, names: list[str], smallest: int) -> list[str]:
     return [f"train: no image of {smallest} pixels or more has a box of the classes {some(names)} that is no crowd"]
 
 
+def _is_box(values: list[Any]) -> bool:
+    return len(values) == 4 and all(isinstance(value, NUMBER) and math.isfinite(value) for value in values)
+
+
 def _fits(annotation: dict[str, Any], image: dict[str, Any]) -> bool:
     """Whether a box has a size and lies in its image, give or take a pixel of rounding."""
-    try:
-        x, y, width, height = map(float, annotation["bbox"])
-    except (TypeError, ValueError):
+    if not _is_box(annotation["bbox"]):
         return False
+    x, y, width, height = annotation["bbox"]
     inside = x >= -1 and y >= -1 and x + width <= image["width"] + 1 and y + height <= image["height"] + 1
     return width > 0 and height > 0 and annotation["area"] > 0 and inside
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mmcv
 from mmengine.config import Config, ConfigDict
+from PIL import Image
 
 from ..errors import RunError
 
@@ -104,6 +106,16 @@ def replace_root(cfg: Config, root: str) -> None:
 
     for key in cfg:
         cfg[key] = replaced(cfg[key])
+
+
+def picture_size(path: Path, decode: bool) -> tuple[int, int] | None:
+    """Width and height of a picture, None if it cannot be read; the whole of it with `decode`, as in training."""
+    try:
+        with Image.open(path) as picture:
+            size = picture.size
+        return None if decode and mmcv.imread(path) is None else size
+    except Exception:  # Pillow's plugins and OpenCV raise whatever their formats provoke
+        return None
 
 
 def read_names(path: Path) -> list[str]:

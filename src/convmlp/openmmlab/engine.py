@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import re
 import shlex
 import sys
 import warnings
@@ -100,10 +101,7 @@ def load_config(options: Namespace) -> Config:
     Raises:
         RunError: the config cannot be read, or --cfg-options names a key that nothing reads.
     """
-    try:
-        cfg = Config.fromfile(options.config)
-    except Exception as error:  # a config is a program
-        raise RunError(f"cannot read the config {options.config}: {type(error).__name__}: {error}") from error
+    cfg = read_config(options.config)
     for key in ("model", "test_dataloader") if options.test else ("model", "train_dataloader", "optim_wrapper"):
         if cfg.get(key) is None:
             raise RunError(f"{options.config} has no {key}: it is not the config of a model to train or test")
@@ -134,6 +132,25 @@ def load_config(options: Namespace) -> Config:
         if "vis_backends" not in (cfg.get("visualizer") or {}):
             raise RunError(f"--tensorboard: {options.config} has no visualizer with vis_backends")
         cfg.visualizer.vis_backends = [*cfg.visualizer.vis_backends, dict(type="TensorboardVisBackend")]
+    return cfg
+
+
+def read_config(path: str) -> Config:
+    """A config of mmengine. It is a program, and runs.
+
+    Raises:
+        RunError: it is missing, no Python, or fails.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"no such config: {path}")
+    if Path(path).suffix != ".py":  # mmengine's YAML can name any function, and does not look like a program
+        raise RunError(f"a config is a Python file, NAME.py, got {path}")
+    try:
+        cfg = Config.fromfile(path)
+        cfg.get("model"), cfg.get("default_scope")  # may import, of a config in Python's own syntax
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(f"cannot read the config {path}: {type(error).__name__}: {reason}") from error
     return cfg
 
 
@@ -319,6 +336,12 @@ def train(cfg: Config, options: Namespace, script: str) -> None:
     folder = Path(runner.work_dir)
     try:
         runner.train()
+    except AssertionError as error:  # mmcv's
+        unreadable = re.findall("failed to load image: (.*)", str(error))  # of a worker, its traceback quotes the code
+        if not unreadable:
+            raise
+        message = f"cannot read the picture {unreadable[-1]}; --check-data names all such; {runner.way_on}"
+        raise RunError(message) from error
     except OSError as error:
         inside = error.filename and folder in Path(str(error.filename)).absolute().parents
         if not inside and (error.filename or error.errno not in FULL):

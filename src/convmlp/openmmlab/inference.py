@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,7 +34,7 @@ from ..errors import RunError
 from ..zoo import CheckpointError, extract_state_dict, find_checkpoint, list_differences, shorten
 from .checkpoints import read_run_checkpoint
 from .datasets import leaf_datasets, set_classes
-from .engine import replace_sync_bn
+from .engine import read_config, replace_sync_bn
 
 # What the classes of a model are called that has their number and does not tell their names
 STANDARD = {"mmdet": "CocoDataset", "mmseg": "ADE20KDataset"}
@@ -120,14 +119,8 @@ def open_model(config: str, checkpoint: str, device: str = "auto", trust_checkpo
 
 
 def _read_config(config: str) -> Config:
-    if not Path(config).is_file():
-        raise RunError(f"no such config: {config}")
-    try:
-        cfg = Config.fromfile(config)
-        model, library = cfg.get("model"), cfg.get("default_scope")  # may import, of a config in Python's own syntax
-    except Exception as error:  # a config is a program
-        raise RunError(f"cannot read the config {config}: {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(model, dict) or library not in STANDARD:
+    cfg = read_config(config)
+    if not isinstance(cfg.get("model"), dict) or cfg.get("default_scope") not in STANDARD:
         raise RunError(f"{config} is not the config of a model of mmdet or mmseg: model and default_scope say so")
     return cfg
 

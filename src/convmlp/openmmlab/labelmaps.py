@@ -27,6 +27,7 @@ from .datasets import (
     leaf_datasets,
     missing_in_training,
     needed_datasets,
+    picture_size,
     read_names,
     set_classes,
     some,
@@ -111,7 +112,8 @@ def prepare(cfg: Config, request: Request) -> str:
         stems = sorted({*part.label_stems} & {*part.image_stems})
         step = 1 if request.check == "all" else -(-len(stems) // SAMPLE)
         everything = everything and step <= 1
-        found, wrong = _examine(part, stems[:: max(step, 1)], len(names), reduce_zero_label)
+        chosen = stems[:: max(step, 1)]
+        found, wrong = _examine(part, chosen, len(names), reduce_zero_label, request.check == "all")
         counts[part.name] = found
         problems += _pairs(part) + wrong
     complain(problems or (missing_in_training(names, counts) if everything else []))
@@ -233,11 +235,14 @@ def _pairs(part: Part) -> list[str]:
     return problems
 
 
-def _examine(part: Part, stems: list[str], classes: int, reduce_zero_label: bool) -> tuple[dict[int, int], list[str]]:
-    """Pixels of each class in the label maps, and complaints about them."""
+def _examine(
+    part: Part, stems: list[str], classes: int, reduce_zero_label: bool, decode: bool
+) -> tuple[dict[int, int], list[str]]:
+    """Pixels of each class in the label maps, and complaints about them; with `decode` the images are read whole."""
 
     def look(stem: str) -> LabelMap:
-        return _read_label_map(part.labels / f"{stem}{part.label_suffix}", part.images / f"{stem}{part.image_suffix}")
+        image = part.images / f"{stem}{part.image_suffix}"
+        return _read_label_map(part.labels / f"{stem}{part.label_suffix}", image, decode)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         maps = dict(zip(stems, pool.map(look, stems), strict=True))
@@ -267,17 +272,17 @@ def _examine(part: Part, stems: list[str], classes: int, reduce_zero_label: bool
     return {value - first: int(total[value]) for value in values if first <= value <= last}, problems
 
 
-def _read_label_map(path: Path, image: Path) -> LabelMap:
+def _read_label_map(path: Path, image: Path, decode: bool) -> LabelMap:
     nothing = np.zeros(256, dtype=np.int64)
-    try:
-        with Image.open(image) as picture:
-            size = picture.size
-    except OSError:
+    size = picture_size(image, decode)
+    if size is None:
         return LabelMap(nothing, "belong to images that cannot be read")
     try:
         with Image.open(path) as picture:
             if picture.size != size:
                 return LabelMap(nothing, "differ in size from their image")
+            if min(size) == 1:  # mmseg squeezes the side away
+                return LabelMap(nothing, "are a single pixel wide or high; two are needed")
             if picture.mode.startswith("I"):
                 return LabelMap(nothing, "have 16 bits or more; 8 are needed")
             if picture.mode not in SINGLE_CHANNEL:
@@ -285,5 +290,5 @@ def _read_label_map(path: Path, image: Path) -> LabelMap:
                     nothing, f"have several channels (mode {picture.mode}); one channel of class numbers is needed"
                 )
             return LabelMap(np.bincount(np.asarray(picture, dtype=np.uint8).reshape(-1), minlength=256))
-    except OSError:
+    except Exception:  # Pillow's plugins raise whatever their formats provoke
         return LabelMap(nothing, "cannot be read")
