@@ -243,7 +243,8 @@ def make_state():
     from convmlp.classification.checkpoints import NEEDED_TO_RESUME
 
     def make(epoch):
-        return {**dict.fromkeys(NEEDED_TO_RESUME, 0), "epoch": epoch, "state_dict": {"x": torch.arange(500.0) * epoch}}
+        empty = {key: kind() for key, kind in NEEDED_TO_RESUME.items()}
+        return {**empty, "epoch": epoch, "state_dict": {"x": torch.arange(500.0) * epoch}}
 
     return make
 

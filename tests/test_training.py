@@ -400,6 +400,14 @@ def test_checkpoints_of_other_variants_classes_or_purpose_are_refused(run, tmp_p
     assert code == 2 and "no training state to resume" in err
 
 
+def test_a_checkpoint_of_odd_content_is_refused_in_one_line(run):
+    _, _, folder = run("--epochs", "1")
+    for key, value in {"epoch": "x", "history": None, "args": [1], "optimizer": 3}.items():
+        torch.save({**read(folder / "last.pth"), key: value}, folder / "odd.pth")
+        code, err, _ = run("--resume", str(folder / "odd.pth"))
+        assert code == 2 and f"its {key} is {value!r}" in err and err.count("\n") == 1
+
+
 def test_resuming_another_run_is_refused(run, make_pictures):
     _, _, folder = run("--epochs", "1", "--checkpoint-interval", "1")
     last = str(folder / "last.pth")

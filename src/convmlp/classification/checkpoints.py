@@ -18,8 +18,22 @@ from ..zoo import CheckpointError, read_checkpoint
 _logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
-NEEDED_TO_RESUME = {"arch", "args", "batch", "best", "class_names", "epoch", "evaluated", "history"}
-NEEDED_TO_RESUME |= {"loss_counts", "loss_sums", "optimizer", "skipped", "state_dict", "updates", "world_size"}
+NEEDED_TO_RESUME = {
+    "arch": str,
+    "args": dict,
+    "batch": int,
+    "class_names": list,
+    "epoch": int,
+    "evaluated": bool,
+    "history": list,
+    "loss_counts": list,
+    "loss_sums": list,
+    "optimizer": dict,
+    "skipped": int,
+    "state_dict": dict,
+    "updates": int,
+    "world_size": int,
+}
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -76,8 +90,11 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint that a run can continue from."""
     checkpoint = read_checkpoint(path)
-    if not isinstance(checkpoint, dict) or not NEEDED_TO_RESUME <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not NEEDED_TO_RESUME.keys() <= checkpoint.keys():
         raise RunError(
             f"{path} holds weights but no training state to resume; --initial-checkpoint starts from weights"
         )
+    for key, kind in NEEDED_TO_RESUME.items():
+        if not isinstance(checkpoint[key], kind):
+            raise RunError(f"{path} is no checkpoint of classification.py: its {key} is {checkpoint[key]!r:.80}")
     return checkpoint

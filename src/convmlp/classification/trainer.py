@@ -196,7 +196,7 @@ class Trainer:
         self.updates = state["updates"]
         self.skipped = state["skipped"]
         self.history = state["history"]
-        self.best = state["best"]
+        self.best = state.get("best")
         if state["evaluated"]:
             self.epoch, self.batch = state["epoch"] + 1, 0
             self.updates = self.epoch * self.updates_per_epoch  # which another batch size may have changed
