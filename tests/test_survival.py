@@ -147,7 +147,7 @@ def test_a_signal_during_validation_does_not_wait_for_its_end(run, undisturbed, 
 
 
 def test_a_second_interrupt_does_not_wait(run, monkeypatch):
-    clip = Trainer._clip_gradients
+    clip, earlier = Trainer._clip_gradients, signal.getsignal(signal.SIGINT)
 
     def interrupted_twice(trainer):
         os.kill(os.getpid(), signal.SIGINT)
@@ -157,7 +157,7 @@ def test_a_second_interrupt_does_not_wait(run, monkeypatch):
     monkeypatch.setattr(Trainer, "_clip_gradients", interrupted_twice)
     code, err, folder = run()
     assert code == 130 and "interrupted" in err and not (folder / "last.pth").exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is earlier
 
 
 def test_a_dead_process_ends_the_others_with_a_word_and_a_restart_goes_on(start, tmp_path):
