@@ -188,7 +188,7 @@ def test_bad_configs_are_named_with_the_reason(tmp_path, text, message):
         (["--crop-pct", "0"], "--crop-pct must be positive, got 0.0"),
         (["--num-classes", "many"], "invalid number_or_auto value: 'many'"),
         (["--kd-checkpoint", "x.pth"], "--kd-checkpoint needs --kd-model"),
-        (["--amp-dtype", "float16"], "--amp-dtype needs --amp"),
+        (["--no-amp", "--amp-dtype", "float16"], "--amp-dtype needs --amp"),
         (["--eval", "x.pth", "--resume", "auto"], "give one of them"),
         (["--input-key", "png"], "--input-key and --target-key are for hfds and wds"),
         (

@@ -86,10 +86,14 @@ def convmlp_l(
 def _create(variant: str, pretrained: bool | str | os.PathLike, progress: bool, **kwargs: Any) -> ConvMLP:
     if not isinstance(pretrained, (bool, str, os.PathLike)):
         raise TypeError(f"pretrained is True, False, a path or a URL, got {pretrained!r}")
-    model = ConvMLP(**{**VARIANTS[variant], **kwargs})
-    if pretrained is not False:
-        load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
-    return model
+    settings = {**VARIANTS[variant], **kwargs}
+    if pretrained is False:
+        return ConvMLP(**settings)
+    device = torch.get_default_device()
+    with torch.device("meta"):  # to initialise what the file fills would take longer than to read it
+        model = ConvMLP(**settings)
+    load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
+    return model.to(device)
 
 
 def load_pretrained(
@@ -117,6 +121,9 @@ def load_pretrained(
         model._set_head(model.num_classes, model.global_pool)  # a real one: the file may not fill it
     state_dict = extract_state_dict(read_checkpoint(path), use_ema, name=str(path))
     state_dict = adapt_state_dict(state_dict, model, name=str(path))
+    if on_meta:  # a file in half precision is no reason for a model in half precision
+        own = model.state_dict()
+        state_dict = {key: tensor.to(own[key].dtype) for key, tensor in state_dict.items()}
     model.load_state_dict(state_dict, assign=on_meta)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
@@ -47,6 +48,19 @@ class Details:
                 pixels = to_image(image, self._data_config["mean"], self._data_config["std"])
                 self.pictures.append(report.Picture(pixels, int(target), int(prediction), float(probability)))
             self._seen += 1
+
+
+class FullBatches(nn.Module):
+    """A compiled model that is not compiled anew for a last, smaller batch: blank images fill that up."""
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__()
+        self.model = model
+        self.batch_size = batch_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        n_images = len(images)
+        return self.model(F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size - n_images)))[:n_images]
 
 
 @torch.inference_mode()

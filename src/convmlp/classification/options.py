@@ -145,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto (cuda, else mps, else cpu), or a device")
-    add("--amp", action=switch, default=False, help="mixed precision")
+    add("--amp", action=switch, help="mixed precision; by default in training, not with --eval")
     add(
         "--amp-dtype", choices=["auto", "bfloat16", "float16"], default="auto", help="auto: bfloat16 where it is native"
     )
@@ -261,6 +261,8 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
         names = [name for action in parser._actions for name in action.option_strings]
         raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
     options.data_dir = options.data or options.data_dir
+    if options.amp is None:
+        options.amp = not options.eval
     _check_ranges(options)
     return options
 

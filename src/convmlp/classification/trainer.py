@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ..signals import Stopped, StopRequest
 from ..zoo import extract_state_dict, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, write_checkpoint, write_last
-from .evaluation import Details, evaluate, log_unreadable, write_details
+from .evaluation import Details, FullBatches, evaluate, log_unreadable, write_details
 from .loaders import Loader, StreamLoader, seed_all
 from .models import create_optimizer, create_task
 from .options import stored_options
@@ -63,6 +64,32 @@ def _find_nonfinite(state: Any, name: str) -> str | None:
     return next((bad for key, value in items if (bad := _find_nonfinite(value, f"{name}.{key}"))), None)
 
 
+class _Clock:
+    """How fast an epoch goes, and how much of its time this process waits for the next batch."""
+
+    def __init__(self, batch_images: int):
+        self.batch_images = batch_images
+        self.n_batches = 0
+        self.waited = 0.0
+        self.start = time.perf_counter()
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.n_batches += 1
+            yield batch
+
+    def pace(self) -> str:
+        seconds = time.perf_counter() - self.start
+        rate = self.n_batches * self.batch_images / seconds
+        return f"{rate:.0f} img/s, {self.waited / seconds:.0%} waiting for data"
+
+
 class Trainer:
     """A training run: what changes during it, and how it is saved and continued."""
 
@@ -87,7 +114,7 @@ class Trainer:
         self.data_config = data_config
         self.amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
         if options.amp and self.amp_dtype is None:
-            _logger.info("this CPU has no native bfloat16: training in float32 in spite of --amp")
+            _logger.info("this CPU has no native bfloat16: training in float32, as with --no-amp")
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=self.amp_dtype == torch.float16)
 
         if options.channels_last:
@@ -110,8 +137,10 @@ class Trainer:
         if options.model_ema:
             self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
         if options.compile:
-            self.task.compile()
+            self.task.compile(dynamic=False)
         self.eval_model = self.task.get_eval_model()  # before DDP, whose forward would wait for the other processes
+        if options.compile:
+            self.eval_model = FullBatches(self.eval_model, options.validation_batch_size or options.batch_size)
         if process.distributed:
             device_ids = [process.device.index] if process.device.type == "cuda" else None
             self.task.prepare_distributed(
@@ -257,7 +286,7 @@ class Trainer:
     def _run_epoch(self, logs: "ExternalLogs | None") -> None:
         """Train and evaluate from where the run stands to the start of the next epoch."""
         start = time.perf_counter()
-        train_loss, rate = self.train_epoch()
+        train_loss, pace = self.train_epoch()
         row = self._evaluate_epoch(train_loss)
         if row is None:
             self._save_and_stop()
@@ -266,13 +295,13 @@ class Trainer:
             report.write_summary(self.folder / "summary.csv", self.history)
             report.write_curves(self.folder / "curves.png", self.history)
             logs.write(row)
-            _logger.info(self._epoch_line(row, rate, time.perf_counter() - start))
+            _logger.info(self._epoch_line(row, pace, time.perf_counter() - start))
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
         self.loss_count = 0
 
-    def train_epoch(self) -> tuple[float, float]:
-        """The rest of this epoch; returns the mean loss of the whole epoch and the images per second of all."""
+    def train_epoch(self) -> tuple[float, str]:
+        """The rest of this epoch; returns the mean loss of the whole epoch, and in words how fast it went."""
         options, process, task = self.options, self.process, self.task
         n_batches, accumulate = len(self.train_loader), options.grad_accum_steps
         check_interval = 1 if process.device.type == "cpu" else options.log_interval
@@ -281,7 +310,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.train_loader.start(self.epoch, self.batch)
         unchecked: list[_Number] = []
-        first, start = self.batch, time.perf_counter()
+        first, clock = self.batch, _Clock(batch_images)
         bar = tqdm(
             total=n_batches,
             initial=first,
@@ -290,7 +319,7 @@ class Trainer:
             leave=False,
             unit="batch",
         )
-        for number, (images, targets) in enumerate(self.train_loader, first):
+        for number, (images, targets) in enumerate(clock.watch(self.train_loader), first):
             in_update = min(accumulate, n_batches - number // accumulate * accumulate)
             updates_now = number % accumulate == in_update - 1
             if options.skip_nonfinite and number % accumulate == 0:
@@ -327,8 +356,7 @@ class Trainer:
                 stops_now, saves_now = self.stop.maxima(self.stop.number, self._save_is_due())
             if stops_now or saves_now or self.batch == n_batches or self.batch % check_interval == 0:
                 self._check_finite(unchecked)
-                rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
-                status = f"loss {loss.item():.3f}, lr {self._lr():.1e}, {rate:.0f} img/s"
+                status = f"loss {loss.item():.3f}, lr {self._lr():.1e}, {clock.pace()}"
                 bar.set_postfix_str(status, refresh=False)
                 if bar.disable and self.batch % options.log_interval == 0:
                     _logger.info(f"epoch {self.epoch} batch {self.batch}/{n_batches}: {status}")
@@ -339,13 +367,13 @@ class Trainer:
             if saves_now:
                 self.save(evaluated=False)
         bar.close()
-        rate = (self.batch - first) * batch_images / (time.perf_counter() - start)
+        pace = clock.pace()
         if process.distributed and options.dist_bn and first < n_batches:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
             if task.has_ema():
                 distribute_bn(task.get_trainable_module(ema=True).module, process.world_size)
         count = sum(process.gather(self.loss_count))
-        return sum(process.gather(self.loss_sum.item())) / count if count else math.nan, rate
+        return sum(process.gather(self.loss_sum.item())) / count if count else math.nan, pace
 
     def _clip_gradients(self) -> torch.Tensor:
         """The norm of all gradients, as they were before clipping."""
@@ -452,13 +480,13 @@ class Trainer:
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def _epoch_line(self, row: dict[str, float], rate: float, seconds: float) -> str:
+    def _epoch_line(self, row: dict[str, float], pace: str, seconds: float) -> str:
         ema = f" (averaged {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
         left = (self.epochs - self.epoch - 1) * seconds
         return (
             f"epoch {self.epoch:{len(str(self.epochs))}}/{self.epochs}  loss {row['train_loss']:.4f}  "
             f"val loss {row['eval_loss']:.4f}  top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  "
-            f"lr {row['lr']:.1e}  {rate:.0f} img/s  {seconds:.0f} s, {_duration(left)} left"
+            f"lr {row['lr']:.1e}  {pace}  {seconds:.0f} s, {_duration(left)} left"
         )
 
     def _finish(self) -> None:
