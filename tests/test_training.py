@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,7 @@ def run(pictures, tmp_path, capsys):
         code = main([*SMALL, "--output", str(tmp_path / "out"), "--experiment", experiment, *arguments, str(data)])
         return code, capsys.readouterr().err, tmp_path / "out" / experiment
 
+    call.data = pictures
     return call
 
 
@@ -260,6 +262,35 @@ def test_options_reach_a_run_that_learns_something(run, arguments):
     assert code == 0, err
     rows = rows_of(folder)
     assert len(rows) == 2 and float(rows[1]["train_loss"]) != float(rows[0]["train_loss"])
+
+
+def test_a_model_is_compiled_for_training_and_for_evaluation_and_no_more(run, caplog):
+    dynamo = pytest.importorskip("torch._dynamo")
+    dynamo.reset()
+    counters = dynamo.utils.counters
+    counters.clear()
+    small = ["--model-kwargs", "blocks=[1,1,1]", "dims=[8,16,24]", "channels=8"]
+    code, err, folder = run("--compile", *small)  # 15 images to evaluate, in batches of 8
+    assert code == 0, err
+    assert counters["stats"]["unique_graphs"] == 2
+    caplog.clear()
+    assert main(["--eval", str(folder / "best.pth"), "--no-compile", str(run.data)]) == 0  # the same without
+    best = max(float(row["eval_top1"]) for row in rows_of(folder))
+    assert f"top-1 {best:.2f} %" in caplog.text
+
+
+def test_training_computes_in_mixed_precision_unless_told_otherwise(run, caplog, monkeypatch):
+    monkeypatch.setattr("convmlp.classification.trainer.resolve_amp_dtype", lambda choice, device: torch.bfloat16)
+    run("--epochs", "1")
+    assert "1 x cpu, bfloat16" in caplog.text
+    caplog.clear()
+    run("--epochs", "1", "--no-amp", experiment="full")
+    assert "1 x cpu, float32" in caplog.text
+
+
+def test_the_log_tells_how_much_of_the_time_a_run_waits_for_data(run, caplog):
+    run("--epochs", "1")
+    assert re.search(r"\d+ img/s, \d+% waiting for data", caplog.text)
 
 
 def test_weights_from_a_file_keep_everything_but_a_head_of_other_classes(run, tmp_path, caplog):

@@ -613,6 +613,15 @@ def test_a_file_of_half_precision_leaves_the_model_in_its_own(tmp_path, weights)
     assert_holds(model, {name: value.to(weights[name].dtype) for name, value in half.items()})
 
 
+def test_the_factories_keep_their_type_whatever_the_file_has(published, tmp_path):
+    _, weights = published("convmlp_s")
+    half = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+    model = convmlp.convmlp_s(pretrained=saved(half, tmp_path / "half.pth"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+    assert_holds(model, {name: value.to(weights[name].dtype) for name, value in half.items()})
+
+
 def test_a_model_on_the_meta_device_takes_the_tensors_of_the_file(file, weights):
     with torch.device("meta"):
         model = tiny()
