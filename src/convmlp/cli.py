@@ -86,6 +86,29 @@ def build_parser() -> argparse.ArgumentParser:
     add("--depth", type=positive, metavar="N", help="how deep into the layers (2)")
     add("--markdown", action="store_true", help="tables for a README")
 
+    sub = verb("benchmark", _benchmark, "Measure how fast models infer or train, and pictures load, on this machine.")
+    add = sub.add_argument
+    add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default convmlp_s")
+    add("--peers", action="store_true", help="also models of timm whose accuracy is similar")
+    add("--train", action="store_true", help="training steps instead of inference")
+    add("--loading", action="store_true", help="loading of training pictures, alone or beside --train")
+    modes = "eager (in float32 always there, as base line), amp, channels-last, folded, compiled, prepared, "
+    modes += "onnxruntime, openvino; with --train eager, channels-last, fused, compiled, each of which adds to the one "
+    modes += "before (all that this machine can)"
+    add("--modes", nargs="+", metavar="MODE", help=modes)
+    dtypes = "float32, bfloat16, float16 (float32 and bfloat16 where they are native; on CUDA all)"
+    add("--dtypes", nargs="+", metavar="DTYPE", help=dtypes)
+    batches = "images at once (1 8, on a GPU 1 128; with --train 16, on a GPU 128)"
+    add("--batch-sizes", nargs="+", type=positive, metavar="N", help=batches)
+    add("--threads", type=positive, metavar="N", help="of the processor; by default PyTorch's choice")
+    add("--rounds", type=positive, default=5, metavar="N", help="turns that each variant takes (5)")
+    add("--seconds", type=duration, default=1.0, metavar="S", help="length of a turn (1)")
+    add("--data", metavar="DIR", help="pictures for --loading, CLASS/IMAGE; by default pieces of two photographs")
+    add("--workers", type=positive, metavar="N", help="processes for --loading; by default the cores, up to 8")
+    add("--json", metavar="FILE", help="write all that was found as JSON; - is the screen")
+    add("--plot", metavar="FILE", help="draw published accuracy against measured speed")
+    _add_machine(sub)
+
     verb("doctor", _doctor, "What is installed, whether it works, and the pip line for what is missing.")
 
     sub = verb("completion", _completion, "Print what completes this command in a shell.")
@@ -107,6 +130,16 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"is a whole number from 1 on, got {text}")
     return int(text)
+
+
+def duration(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"is a number of seconds above 0, got {text}")
+    return number
 
 
 def share(text: str) -> float:
@@ -178,6 +211,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], verbs) or '; there are ' + ', '.join(verbs)}")
     options, unknown = parser.parse_known_args(argv)
+    options.argv = argv
     if unknown and not unknown[0].startswith("-"):
         raise RunError(f"unexpected argument {unknown[0]}; pictures and models stand together, before the options")
     if unknown:
@@ -367,6 +401,72 @@ def _info(options: argparse.Namespace) -> None:
         print("Scores as published by the paper: top-1 in per cent; COCO box and mask AP; ADE20K mIoU.")
 
 
+def _benchmark(options: argparse.Namespace) -> None:
+    with_models = options.train or not options.loading
+    plot = Path(options.plot) if options.plot else None
+    plot = plot.with_suffix(".png") if plot and not plot.suffix else plot
+    for file in (options.json if options.json != "-" else None, plot):
+        if file:
+            check_writable(Path(file))
+    if not options.loading:
+        _refuse(options, ("data", "workers"), "is for --loading")
+    if not with_models:
+        _refuse(options, ("modes", "dtypes", "batch_sizes", "peers", "plot"), "is for models: leave out --loading")
+        if options.models:
+            raise RunError(f"--loading takes no model, got {options.models[0]}; with --train it does")
+
+    from tqdm import tqdm
+
+    from .benchmark import comparison, loading, report, variants
+    from .benchmark.plot import speed_figure
+    from .figures import check_format, save_figure
+
+    if plot:
+        check_format(plot)
+    models = [*(options.models or ["convmlp_s"]), *(variants.PEERS if options.peers else ())]
+    plan = variants.make_plan(
+        models,
+        variants.TRAINING if options.train else variants.INFERENCE,
+        modes=options.modes,
+        dtypes=options.dtypes,
+        batch_sizes=options.batch_sizes,
+        img_size=options.img_size,
+        device=options.device,
+        threads=options.threads,
+        rounds=options.rounds,
+        seconds=options.seconds,
+    )
+    if plot and not any(variants.published_top1(model) for model in models):
+        raise RunError(f"--plot: no accuracy is known to be published of {', '.join(models)}; --peers adds some")
+    was_busy = report.is_busy()
+    steps = comparison.count_steps(plan) if with_models else 0
+    steps += loading.count_steps(plan) if options.loading else 0
+    _say(f"{steps} steps of {options.seconds:g} s, or more where something is made ready")
+    rows, rates, loaded = [], [], []
+    with tqdm(total=steps, leave=False, disable=None, unit="step") as bar:
+
+        def tell(what: str) -> None:
+            bar.set_description_str(what)
+            bar.update()
+
+        if options.loading:
+            loaded = loading.compare_loading(plan, options.data, options.workers, tell)
+        if with_models:
+            rows, rates = comparison.compare(plan, tell)
+
+    content = report.as_json(["convmlp", *options.argv], was_busy, plan, rows, rates, loaded)
+    _write(options.json, lambda file: report.write_json(file, content))
+    if options.json != "-":
+        for table, notes in report.sections(plan, rows, rates, loaded, was_busy):
+            _show(table, whole=True)
+            print(*notes, sep="\n")
+    if with_models and not comparison.best_of(rows):
+        raise RunError(f"no variant could be measured: {rows[0]['failed']}")
+    if plot:
+        save_figure(speed_figure(rows, report.describe_machine(plan)), plot)
+        _say(f"drawn: {plot}")
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from . import doctor
 
@@ -407,11 +507,11 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr)
 
 
-def _show(table: Any, title: str = "") -> None:
-    """Print a table of rich, never narrower than its content needs."""
+def _show(table: Any, title: str = "", whole: bool = False) -> None:
+    """Print a table of rich, never narrower than its content needs; `whole`: in a narrow terminal, too."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 400, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() and not whole else 400, highlight=False)
     console.width = max(console.width, console.measure(table).minimum)
     with console.capture() as text:  # rich itself would end the program where nobody reads on
         console.print(*filter(None, [title, table]), sep="\n")
