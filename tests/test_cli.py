@@ -101,7 +101,7 @@ def test_help_lists_the_verbs_and_waits_for_no_library():
         "    print({'torch', 'timm', 'PIL', 'matplotlib', 'rich'} & {*sys.modules})"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    for verb in ("predict", "visualize", "export", "info", "doctor", "completion"):
+    for verb in ("predict", "visualize", "export", "info", "benchmark", "doctor", "completion"):
         assert f"\n    {verb}" in run.stdout
     assert run.stdout.endswith("set()\n")
 
@@ -111,7 +111,7 @@ def test_the_installed_command_tells_its_version():
     assert (run.returncode, run.stdout) == (0, f"convmlp {convmlp.__version__}\n")
 
 
-@pytest.mark.parametrize("verb", ["predict", "visualize", "export", "info", "doctor", "completion"])
+@pytest.mark.parametrize("verb", ["predict", "visualize", "export", "info", "benchmark", "doctor", "completion"])
 def test_every_verb_has_a_manual(verb, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main([verb, "--help"])

@@ -360,7 +360,7 @@ def test_one_two_and_four_processes_evaluate_and_train_alike(start, make_picture
     make_pictures("extra", classes=(3,), splits={"train": 8, "val": 4})
     for split in ("train", "val"):
         (tmp_path / "extra" / split / "digit3").rename(tmp_path / "pictures" / split / "digit3")
-    arguments = ["--model", "pure_mlp_s", "--opt", "sgd", "--lr", "0.05", "--aa", "rand-m9-mstd0.5-inc1"]
+    arguments = ["--model", "pure_mlp_s", "--opt", "sgd", "--lr", "0.05", "--aa", "rand-m9-mstd0.5-inc1", "--no-amp"]
     best = str(tmp_path / "out" / "of1" / "best.pth")
     states, tables = [], []
     for n in (1, 2, 4):
