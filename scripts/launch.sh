@@ -22,8 +22,8 @@ if [[ -z $python ]]; then
     exit 2
 fi
 
-# A step keeps its large buffers for the next one: on a CPU, to ask the system for them each time takes a sixth of the
-# time (docs/performance.md). Both are settings of glibc, in bytes.
+# A step keeps its large buffers for the next one: to ask the system for them each time slows a CPU down
+# (docs/performance.md). Both are settings of glibc, in bytes.
 export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
 
