@@ -676,7 +676,7 @@ def test_any_bytes_are_a_picture_or_refused(tmp_path_factory, head, rest):
 SUBPARSERS = next(action for action in cli.build_parser()._actions if action.dest == "verb").choices
 OPTIONS = sorted({flag for sub in SUBPARSERS.values() for action in sub._actions for flag in action.option_strings})
 OPTIONS = [flag for flag in OPTIONS if flag not in ("--pretrained", "--debug")]
-WEIRD = ["", ".", "/", "nowhere.jpg", "*.jpg", "a\0b", "n" * 300, "x.pth", "junk.pth", "junk.jpg", "tiny.pth"]
+WEIRD = ["", ".", "/dev", "nowhere.jpg", "*.jpg", "a\0b", "n" * 300, "x.pth", "junk.pth", "junk.jpg", "tiny.pth"]
 WEIRD += ["picture.png", "\udcff.jpg", "convmlp", "convmlp_s.", "convmlp_s.in1k_x", "fuzz_tiny", "local-dir:x"]
 WEIRD += ["local-dir:", "hf-hub:a/b", "hf-hub:", "file:///nowhere.pth", "file://x", "://", "a://b.pth", "http://"]
 WEIRD += ["[", "**", "-", "--", "-1", "cpu", "bash", "~", "picture.png/x"]
@@ -694,6 +694,10 @@ sensible_calls = st.builds(
     st.lists(st.sampled_from(WEIRD), min_size=1, max_size=2),
     st.lists(st.sampled_from(["--checkpoint=tiny.pth", "--img-size=32", "--json=-", "--markdown", "--topk=2"])),
 )
+
+
+def measure_nothing(*_: Any) -> Any:
+    raise RunError("to measure would take minutes")
 
 
 def run(arguments: list[str]) -> tuple[Any, str]:
@@ -719,8 +723,11 @@ def run(arguments: list[str]) -> tuple[Any, str]:
 @example(["info", "convmlp_s.", "--img-size=32"])
 @example(["info", "nowhere", "--img-size=32"])
 @example(["info", "fuzz_tiny", "--img-size=99999999"])
+@example(["benchmark"])
+@example(["benchmark", "--loading", "--workers=2"])
 def test_a_call_ends_with_a_code_of_its_manual(tmp_path_factory, arguments):
     assume(not arguments or arguments[0] != "doctor")
+    assume("/" not in arguments)  # all pictures of the machine
     assume("info" not in arguments or set(arguments) & set(WEIRD))  # it would measure all of our models
     place = tmp_path_factory.mktemp("calls")
     (place / "junk.jpg").write_bytes(b"junk")
@@ -731,6 +738,8 @@ def test_a_call_ends_with_a_code_of_its_manual(tmp_path_factory, arguments):
         patch.chdir(place)
         patch.setenv("TORCH_HOME", str(place))
         patch.setattr("convmlp.classifier.MIRRORS", ("nowhere:",))
+        for name in ("comparison.compare", "loading.compare_loading"):
+            patch.setattr(f"convmlp.benchmark.{name}", measure_nothing)
         code, printed = attempt("calls", lambda: run(arguments))
     assert code in (0, 1, 2), printed
     assert "Traceback" not in printed and "bug:" not in printed
