@@ -622,6 +622,34 @@ def test_the_factories_keep_their_type_whatever_the_file_has(published, tmp_path
     assert_holds(model, {name: value.to(weights[name].dtype) for name, value in half.items()})
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_weights_of_a_file_are_real_whatever_the_default_device(published, device):
+    file, weights = published("convmlp_s")
+    with torch.device(device):
+        model = convmlp.convmlp_s(pretrained=file)
+    assert_holds(model, weights)
+
+
+def test_what_a_file_fills_is_not_initialised_before(published, monkeypatch):
+    file, _ = published("convmlp_s")
+    initialised = []
+
+    def watch(init):
+        def call(tensor, *args, **kwargs):
+            if not tensor.is_meta:
+                initialised.append(tuple(tensor.shape))
+            return init(tensor, *args, **kwargs)
+
+        return call
+
+    for name in ("trunc_normal_", "kaiming_normal_"):
+        monkeypatch.setattr(torch.nn.init, name, watch(getattr(torch.nn.init, name)))
+    convmlp.convmlp_s(pretrained=file)
+    assert initialised == [(1000, 512)]  # the head, which the file may not have
+    convmlp.convmlp_s()
+    assert len(initialised) > 50
+
+
 def test_a_model_on_the_meta_device_takes_the_tensors_of_the_file(file, weights):
     with torch.device("meta"):
         model = tiny()

@@ -93,7 +93,7 @@ def _create(variant: str, pretrained: bool | str | os.PathLike, progress: bool, 
     with torch.device("meta"):  # to initialise what the file fills would take longer than to read it
         model = ConvMLP(**settings)
     load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
-    return model.to(device)
+    return model if device.type == "meta" else model.to(device)  # on meta the weights would be lost again
 
 
 def load_pretrained(
