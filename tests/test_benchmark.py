@@ -1,6 +1,7 @@
 """The benchmark: what it compares, that its processes take turns and leave nothing behind, and what it writes."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import itertools
@@ -22,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
-from convmlp import cli
+from convmlp import cli, deploy
 from convmlp.benchmark import comparison, networks, turns, worker
 from convmlp.benchmark.loading import compare_loading
 from convmlp.benchmark.plot import speed_figure
@@ -113,6 +114,7 @@ def test_a_mode_asked_for_whose_package_is_missing_is_a_mistake(without_openvino
         ("--data {folder}", "--data is for --loading"),
         ("--workers 2", "--workers is for --loading"),
         ("--loading --peers", "--peers is for models"),
+        ("--loading --threads 1", "--threads is for models"),
         ("--loading convmlp_s", "--loading takes no model, got convmlp_s"),
     ],
 )
@@ -382,15 +384,32 @@ def test_every_kind_of_process_has_its_builder(module, name):
         ("eager", "float32", 0),
         ("eager", "bfloat16", 0.1),
         ("amp", "bfloat16", 0.1),
+        ("compiled", "float32", 1e-5),
+        ("prepared", "float32", 1e-5),
+        ("prepared", "bfloat16", 0.1),
         ("channels-last", "float32", 1e-5),
         ("folded", "float32", 1e-5),
         ("folded", "bfloat16", 0.1),
     ],
 )
-def test_each_mode_computes_what_the_model_does(mode, dtype, tolerance):
+def test_each_mode_computes_what_the_model_does(mode, dtype, tolerance, monkeypatch):
+    # what compilers do is not what is tested here
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(deploy, "prepare", functools.partial(deploy.prepare, backend="eager"))
     subject = networks.build_inference({**SPEC, "mode": mode, "dtype": dtype})
     assert subject.about["difference"] <= tolerance and (dtype == "float32" or subject.about["difference"] > 0)
+    assert subject.about.get("backend") == ("eager" if mode == "prepared" else None)
     assert min(subject.measure(0.01)) > 0
+
+
+@pytest.mark.parametrize("mode", ["eager", "channels-last", "folded"])
+def test_modes_differ_in_layout_and_in_folding(mode):
+    model, x = networks.open_network(SPEC, torch.device("cpu"))
+    run = networks.INFERENCE_MODES[mode](model, x, torch.float32, {})
+    kernel = next(module.weight for module in run.func.modules() if isinstance(module, nn.Conv2d))
+    for tensor in (kernel, *run.args):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == (mode != "eager")
+    assert any(isinstance(module, nn.BatchNorm2d) for module in run.func.modules()) == (mode != "folded")
 
 
 @pytest.mark.parametrize("mode", ["eager", "channels-last", "fused"])

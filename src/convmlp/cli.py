@@ -411,7 +411,8 @@ def _benchmark(options: argparse.Namespace) -> None:
     if not options.loading:
         _refuse(options, ("data", "workers"), "is for --loading")
     if not with_models:
-        _refuse(options, ("modes", "dtypes", "batch_sizes", "peers", "plot"), "is for models: leave out --loading")
+        for_models = ("modes", "dtypes", "batch_sizes", "threads", "peers", "plot")
+        _refuse(options, for_models, "is for models: leave out --loading")
         if options.models:
             raise RunError(f"--loading takes no model, got {options.models[0]}; with --train it does")
 

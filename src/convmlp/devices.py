@@ -1,5 +1,6 @@
 """Devices: which one to take, and the type that mixed precision computes in there."""
 
+import os
 import re
 from contextlib import nullcontext
 from typing import Any
@@ -27,6 +28,11 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise RunError("--device mps: PyTorch finds none here; --device auto takes what is there")
     return device
+
+
+def count_cores() -> int:
+    """Those of the processor that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:

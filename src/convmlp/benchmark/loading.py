@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from ..errors import RunError
 from .comparison import Row, Tell, spread
 from .turns import Contestant, prepare_all, take_turns
-from .variants import Plan, count_cores
+from .variants import Plan
 
 WORKER = "classification.loading_speed"  # started by name: nothing outside the training imports it
 SAMPLES, SAMPLE_SIZE = 64, (500, 400)  # the size of most pictures in ImageNet
@@ -32,7 +32,7 @@ def compare_loading(
     Args:
         plan: Tells the size that a model would see, the device, rounds and seconds.
         folder: Holds pictures as for training, train/CLASS/*, or CLASS/*; None: pieces of two photographs.
-        workers: Loader processes of the second row; by default the cores, up to 8.
+        workers: Loader processes of the second row; by default as many as in training.
 
     Raises:
         RunError: the folder cannot be read.
@@ -44,10 +44,9 @@ def compare_loading(
             write_samples(Path(temporary) / "train" / "photographs")
         side = plan.img_size or DEFAULT_SIZE
         common = {"folder": folder or temporary, "img_size": side, "device": plan.device, "threads": 1}
-        workers = workers or min(8, count_cores())
         contestants = [
-            Contestant(f"loading with {n or 'no'} workers", [_worker_module()], {**common, "workers": n})
-            for n in (0, workers)
+            Contestant(title, [_worker_module()], {**common, "workers": n})
+            for title, n in (("loading on one core", 0), ("loading with workers", workers))
         ]
         try:
             prepare_all(contestants, tell)
@@ -66,13 +65,12 @@ def _worker_module() -> str:
 
 
 def _row(contestant: Contestant) -> Row:
-    about = {key: contestant.about[key] for key in ("pictures", "img_size", "batch_size")}
-    row = {"workers": contestant.spec["workers"], **about}
+    about = {key: contestant.about[key] for key in ("workers", "pictures", "img_size", "batch_size")}
     if contestant.failed:
-        return {**row, "failed": contestant.failed}
+        return {**about, "failed": contestant.failed}
     batches = [seconds for turn in contestant.turns for seconds in turn]
     rate = about["batch_size"] / median(batches)
-    return {**row, "images_per_s": rate, "spread": spread(batches), "turns": len(batches)}
+    return {**about, "images_per_s": rate, "spread": spread(batches), "turns": len(batches)}
 
 
 def write_samples(folder: Path) -> None:

@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
+from ..devices import count_cores
 from .comparison import Row, best_of
-from .variants import INFERENCE, TRAINING, Plan, count_cores
+from .variants import INFERENCE, TRAINING, Plan
 
 COLUMNS = ["model", "mode", "dtype", "batch", "images/s", "spread", "ms/batch", "x base", "GFLOP/s", "share", "peak MB"]
 SLOW_TO_PREPARE = 10  # seconds that are worth a word
@@ -101,7 +102,7 @@ def notes_on(plan: Plan, rows: Sequence[Row], rates: Sequence[Row]) -> list[str]
     if before and not plan.device.startswith("cuda"):
         memory = f"of the process, which has {min(before):.0f} to {max(before):.0f} MB before there is a model"
     return [
-        f"{describe_machine(plan)}; noise for pictures; random weights and BatchNorm statistics, save of checkpoints"
+        f"{describe_machine(plan)}; noise for pictures; random weights and BatchNorm statistics, but for checkpoints"
         f"{what}",
         "images/s, ms/batch: medians; spread: of the middle half of the times; x base: against eager float32, by round",
         f"share: of what matrix products reach here, {', '.join(measured) or 'which failed'} GFLOP/s; convolutions may "

@@ -1,7 +1,6 @@
 """What `convmlp benchmark` compares: models, modes, number formats, batch sizes; and what of it a machine can do."""
 
 import importlib.util
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ import timm
 import torch
 
 from ..classifier import LARGEST, check_name, open_any
-from ..devices import choose_device, resolve_amp_dtype
+from ..devices import choose_device, count_cores, resolve_amp_dtype
 from ..errors import RunError, suggest
 from ..info import OURS, PUBLISHED
 
@@ -159,11 +158,6 @@ def make_plan(
     ]
     threads = threads or torch.get_num_threads()
     return Plan(task, str(chosen), threads, img_size, rounds, seconds, groups, left_out)
-
-
-def count_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_known(option: str, names: Iterable[str], known: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..devices import count_cores
 from ..errors import RunError
 from ..pictures import UnreadablePicture, to_mode
 from ..signals import leave_signals_to_the_parent
@@ -373,8 +374,7 @@ def default_workers(options: Any) -> int:
     """--workers, or the cores that each process on this machine has, up to 8."""
     if options.workers is not None:
         return options.workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    return max(1, min(8, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _create_transform(options: Any, data_config: dict[str, Any], train: bool) -> Any:

@@ -13,7 +13,7 @@ import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..benchmark.worker import serve
-from .loaders import Loader
+from .loaders import Loader, default_workers
 from .options import parse_options
 from .process import Process
 from .sources import SPLIT_SYNONYMS, ReaderSource, open_source
@@ -29,14 +29,15 @@ class Loading:
     """The batches of a folder of pictures, loaded by the process alone or by its workers."""
 
     def __init__(self, spec: dict[str, Any]):
-        self.workers = spec["workers"]
         torch.set_num_threads(1)
         folder = Path(spec["folder"])
         split = "train"
         if not any((folder / f"{name}{end}").exists() for name in SPLIT_SYNONYMS[0] for end in ("", ".tar")):
             folder, split = folder.absolute().parent, folder.absolute().name
-        call = f"{RECIPE} --batch-size {BATCH_SIZE} --workers {self.workers} --train-split"
+        call = f"{RECIPE} --batch-size {BATCH_SIZE} --train-split"
         self.options = parse_options([*call.split(), split, str(folder)])
+        self.options.workers = spec["workers"]
+        self.workers = default_workers(self.options)
         self.source = open_source(self.options, train=True)
         self.options.num_classes = len(self.source.class_names)
         pictures = len(self.source)
@@ -46,7 +47,7 @@ class Loading:
         self.data_config = {"input_size": (3, side, side), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         self.process = Process(torch.device(spec["device"]))
         self.epoch = 0
-        self.about = {"pictures": pictures, "img_size": side, "batch_size": BATCH_SIZE}
+        self.about = {"workers": self.workers, "pictures": pictures, "img_size": side, "batch_size": BATCH_SIZE}
         self.measure(0)
 
     def measure(self, seconds: float) -> list[float]:
