@@ -242,3 +242,11 @@ def test_arguments_of_the_model_in_a_config(tmp_path):
 def test_an_argument_of_the_model_without_name_or_value_is_named(text):
     with pytest.raises(RunError, match=r"--model-kwargs: (it takes KEY=VALUE, got|\[1 is no value)"):
         parse_options(["--model-kwargs", text])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "amp"),
+    [([], True), (["--no-amp"], False), (["--eval", "x.pth"], False), (["--eval", "x.pth", "--amp"], True)],
+)
+def test_mixed_precision_is_the_default_of_training_alone(arguments, amp):
+    assert parse_options([*arguments, "pictures"]).amp is amp

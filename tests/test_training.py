@@ -15,7 +15,7 @@ from PIL import Image
 from convmlp import convmlp_m, convmlp_s
 from convmlp.classification import main
 from convmlp.classification.checkpoints import write_checkpoint
-from convmlp.classification.trainer import Trainer
+from convmlp.classification.trainer import Trainer, _Clock
 from convmlp.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
@@ -288,6 +288,21 @@ def test_training_computes_in_mixed_precision_unless_told_otherwise(run, caplog,
     assert "1 x cpu, float32" in caplog.text
 
 
+def test_waiting_is_the_time_between_asking_for_a_batch_and_having_it(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("convmlp.classification.trainer.time.perf_counter", lambda: now[0])
+
+    def batches():
+        for _ in range(4):
+            now[0] += 1
+            yield object()
+
+    clock = _Clock(batch_images=8)
+    for _ in clock.watch(batches()):
+        now[0] += 3
+    assert clock.pace() == "2 img/s, 25% waiting for data"
+
+
 def test_the_log_tells_how_much_of_the_time_a_run_waits_for_data(run, caplog):
     run("--epochs", "1")
     assert re.search(r"\d+ img/s, \d+% waiting for data", caplog.text)
@@ -540,3 +555,14 @@ def test_transparent_pictures_lie_on_white_in_training_too():
 
     image, _ = BatchDataset(Source(), None, "RGB")._read(0)
     assert image.mode == "RGB" and image.getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_the_dist_scripts_let_a_step_keep_its_buffers(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\n[ "$1" = -c ] || env\n')
+    python.chmod(0o755)
+    own = {"PYTHON": str(python), "MALLOC_TRIM_THRESHOLD_": "123"}
+    script = str(ROOT / "dist_classification.sh")
+    shown = subprocess.run([script, "1"], env={**os.environ, **own}, capture_output=True, text=True, check=True).stdout
+    assert "MALLOC_MMAP_THRESHOLD_=2000000000\n" in shown and "MALLOC_TRIM_THRESHOLD_=123\n" in shown
