@@ -56,8 +56,9 @@ ablation: $(INSTALLED)
 pictures: $(INSTALLED)
 	$(VENV)/bin/python examples/pictures.py $(ARGS)
 
+# Two files at a time, each on one core; pytest's own options go last
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 fuzz: $(INSTALLED)
 	CONVMLP_FUZZ=long $(VENV)/bin/python -m pytest $(wildcard tests/test_fuzz*.py) $(ARGS)

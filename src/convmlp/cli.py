@@ -109,6 +109,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--plot", metavar="FILE", help="draw published accuracy against measured speed")
     _add_machine(sub)
 
+    sub = verb("configs", _configs, "List the configs that come with the package, or copy them to change them.")
+    sub.add_argument("--copy", metavar="DIR", help="into this new folder")
+
     verb("doctor", _doctor, "What is installed, whether it works, and the pip line for what is missing.")
 
     sub = verb("completion", _completion, "Print what completes this command in a shell.")
@@ -466,6 +469,18 @@ def _benchmark(options: argparse.Namespace) -> None:
     if plot:
         save_figure(speed_figure(rows, report.describe_machine(plan)), plot)
         _say(f"drawn: {plot}")
+
+
+def _configs(options: argparse.Namespace) -> None:
+    from .config_files import copy_configs, list_configs, title
+
+    if options.copy is not None:
+        print(f"{copy_configs(Path(options.copy))} files copied to {options.copy}")
+        return
+    configs = list_configs()
+    width = max(len(str(config)) for config in configs)
+    for config in configs:
+        print(f"{config!s:{width}}  {title(config)}")
 
 
 def _doctor(options: argparse.Namespace) -> int:

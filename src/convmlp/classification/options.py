@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from ..config_files import find_config
 from ..errors import RunError, suggest
 
 POSITIONAL = "data"
@@ -91,7 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
     add(POSITIONAL, nargs="?", metavar="DATA", help="data folder, holding train/CLASS/* and val/CLASS/*")
-    add("-c", "--config", metavar="FILE", help="YAML file of option values, see configs/classification/template.yml")
+    add("-c", "--config", metavar="FILE|NAME", help="YAML file of option values, or one of `convmlp configs`")
 
     add = parser.add_argument_group("what to do").add_argument
     add("--eval", metavar="CHECKPOINT", help="only evaluate this checkpoint; its own settings are the defaults")
@@ -253,7 +254,8 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
     if base:
         _apply(parser, base, options, "the checkpoint's settings")
     if given.config:
-        _apply(parser, load_config(Path(given.config)), options, given.config)
+        options.config = str(find_config(given.config, "classification"))
+        _apply(parser, load_config(Path(options.config)), options, options.config)
     options, unknown = parser.parse_known_args(argv, options)
     if unknown and not unknown[0].startswith("-"):
         raise RunError(f"there is one DATA folder, got {options.data} and {unknown[0]}")

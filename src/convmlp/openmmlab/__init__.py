@@ -4,6 +4,8 @@ Importing registers `ConvMLPBackbone` and what the runs of this project use with
 mmcv.ops be imported without compiled operators (see `ops`).
 """
 
+import logging
+
 from . import ops
 from .backbone import ConvMLPBackbone
 from .hooks import DrawPredictions
@@ -12,3 +14,4 @@ from .optim import AutocastOptimWrapper
 __all__ = ["AutocastOptimWrapper", "ConvMLPBackbone", "DrawPredictions"]
 
 ops.install()
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # mmdet imports torchao, if it is there, which warns

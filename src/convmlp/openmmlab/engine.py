@@ -20,6 +20,7 @@ from mmengine.dist import init_dist
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
 
+from ..config_files import find_config
 from ..devices import resolve_amp_dtype
 from ..errors import RunError, complain, suggest
 from ..files import lock_folder, remove_leftovers, was_restarted
@@ -116,7 +117,7 @@ def load_config(options: Namespace) -> Config:
 
     cfg.work_dir = options.work_dir or cfg.get("work_dir") or str(Path("output") / Path(options.config).stem)
     cfg.trust_checkpoint = options.trust_checkpoint
-    randomness = {**cfg.get("randomness", {})}
+    randomness = {"seed": None, **cfg.get("randomness", {})}  # mmdet's own configs leave it out
     if options.seed is not None:
         randomness["seed"] = options.seed
     if options.deterministic:
@@ -136,13 +137,12 @@ def load_config(options: Namespace) -> Config:
 
 
 def read_config(path: str) -> Config:
-    """A config of mmengine. It is a program, and runs.
+    """A config of mmengine, by path or, of those in the package, by name. It is a program, and runs.
 
     Raises:
         RunError: it is missing, no Python, or fails.
     """
-    if not Path(path).is_file():
-        raise RunError(f"no such config: {path}")
+    path = str(find_config(path))
     if Path(path).suffix != ".py":  # mmengine's YAML can name any function, and does not look like a program
         raise RunError(f"a config is a Python file, NAME.py, got {path}")
     try:

@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from mmengine.config import DictAction
 
+from ..config_files import find_config
 from ..errors import RunError, suggest
 
 LAUNCHERS = ("auto", "none", "pytorch", "slurm", "mpi")
@@ -37,7 +38,7 @@ def build_parser(script: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("config", metavar="CONFIG", help="a config, such as those in configs/detection and configs/segmentation")
+    add("config", metavar="CONFIG", help="a config file, or the name of one of `convmlp configs`")
     add("data", nargs="?", metavar="DATA", help="root of the data set, in place of the config's data_root")
 
     add = parser.add_argument_group("what to do").add_argument
@@ -92,8 +93,7 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
     if unknown:
         names = [name for action in parser._actions for name in action.option_strings]
         raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
-    if not Path(options.config).is_file():
-        raise RunError(f"no such config: {options.config}{_nearest_config(Path(options.config))}")
+    options.config = str(find_config(options.config, Path(script).stem))
     if options.resume and Path(options.resume).is_dir():
         raise RunError(f"--resume takes a file, got the folder {options.resume}; DATA stands behind the config")
     for name in ("test", "resume"):
@@ -119,8 +119,3 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
     if options.check_data and options.skip_data_check:
         raise RunError("give one of --check-data and --skip-data-check")
     return options
-
-
-def _nearest_config(path: Path) -> str:
-    names = [str(path.parent / other.name) for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-    return suggest(str(path), names)

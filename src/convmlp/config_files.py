@@ -1,0 +1,69 @@
+"""The configs that come with the package, by path or by name."""
+
+import shutil
+from pathlib import Path
+
+from .errors import RunError, suggest
+
+
+def config_folder() -> Path:
+    """Holds classification/, detection/ and segmentation/: in the installed package, else at the root of a checkout."""
+    installed = Path(__file__).parent / "configs"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+
+
+def list_configs(task: str = "") -> list[Path]:
+    """The configs to run, relative to their folder; of one `task`, or all. Those that others are based on stay out."""
+    folder = config_folder()
+    files = sorted(file.relative_to(folder) for kind in ("py", "yml") for file in (folder / task).rglob(f"*.{kind}"))
+    return [file for file in files if "_base_" not in file.parts and file.name != "metafile.yml"]
+
+
+def find_config(name: str, task: str = "") -> Path:
+    """A file as it is named, else the config that comes with the package.
+
+    Args:
+        name: A path, or of the package's configs the name, 'convmlp_s_imagenet', or the path,
+            'configs/classification/convmlp_s_imagenet.yml' or part of its end.
+        task: Only among those of 'classification', 'detection' or 'segmentation'.
+
+    Raises:
+        RunError: neither is there; the nearest is offered.
+    """
+    path = Path(name)
+    try:
+        if path.is_file():
+            return path
+    except (OSError, ValueError):  # a name too long, or with a zero in it
+        pass
+    ours = list_configs(task)
+    parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
+    for file in ours:
+        if parts and parts in (file.parts[-len(parts) :], file.with_suffix("").parts[-len(parts) :]):
+            return config_folder() / file
+    nearby = [str(file) for file in path.parent.glob("*")] if path.suffix else []
+    known = [*nearby, *(file.stem for file in ours)]
+    hint = suggest(name, known) or suggest(path.stem, known) or "; `convmlp configs` lists those of the package"
+    raise RunError(f"no such config: {name}{hint}")
+
+
+def title(config: Path) -> str:
+    """What a config says of itself: its first comment that is no command."""
+    lines = (config_folder() / config).read_text(encoding="utf-8").splitlines()
+    comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
+    return next((comment for comment in comments if not comment.startswith("./")), "")
+
+
+def copy_configs(destination: Path) -> int:
+    """Copy all configs, with those they are based on, into a new folder; returns how many files that are.
+
+    Raises:
+        RunError: the folder is there already, or cannot be written.
+    """
+    if destination.exists():
+        raise RunError(f"{destination} is there already: name a new folder")
+    try:
+        shutil.copytree(config_folder(), destination, ignore=shutil.ignore_patterns("__pycache__"))
+    except OSError as error:
+        raise RunError(f"cannot write {destination}: {error.strerror or error}") from error
+    return sum(file.is_file() for file in destination.rglob("*"))

@@ -1,0 +1,139 @@
+"""What pip installs from the archives that are published: all modules, all configs, and commands that work without a checkout."""
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import convmlp
+from convmlp import cli
+from convmlp.classification.options import parse_options
+from convmlp.config_files import config_folder, find_config, list_configs
+from convmlp.errors import RunError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = [file for file in (ROOT / "configs").rglob("*") if file.suffix in (".py", ".yml")]
+MODULES = list((ROOT / "src/convmlp").rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def archives(tmp_path_factory) -> Path:
+    """A folder with the source archive, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(archives, tmp_path_factory) -> Path:
+    """The wheel's content in a folder, as pip leaves it."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target)]
+    subprocess.run([*command, *map(str, archives.glob("*.whl"))], check=True, timeout=300)
+    return target
+
+
+def python(installed: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run Python with the installed wheel in place of the checkout."""
+    env = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_the_wheel_holds_all_modules_all_configs_and_the_mark_of_types(archives):
+    (wheel,) = archives.glob("*.whl")
+    assert wheel.name.startswith(f"convmlp-{convmlp.__version__}-py3-none-any")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        for config in CONFIGS:
+            assert archive.read(f"convmlp/{config.relative_to(ROOT).as_posix()}") == config.read_bytes()
+    assert len(CONFIGS) > 30 and "convmlp/py.typed" in names
+    assert {f"convmlp/{file.relative_to(ROOT / 'src/convmlp').as_posix()}" for file in MODULES} <= names
+
+
+def test_the_source_archive_holds_what_the_checkout_does(archives):
+    (source,) = archives.glob("*.tar.gz")
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"Makefile", "CHANGELOG.md", "LICENSE", "README.md", "dist_classification.sh", "hubconf.py"} <= names
+    assert {"tests/test_packaging.py", "docs/training.md", "scripts/launch.sh", "examples/digit_scenes.py"} <= names
+
+
+def test_an_installed_package_lists_and_copies_its_configs(installed, tmp_path):
+    listed = python(installed, "-m", "convmlp", "configs", cwd=tmp_path)
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [str(file) for file in list_configs()]
+    assert "Published: 76.8 % top-1" in listed.stdout
+    assert python(installed, "-m", "convmlp", "configs", "--copy", "mine", cwd=tmp_path).returncode == 0
+    ours = {file.relative_to(ROOT / "configs"): file.read_bytes() for file in CONFIGS}
+    copied = {file.relative_to(tmp_path / "mine"): file.read_bytes() for file in (tmp_path / "mine").rglob("*.*")}
+    assert copied == ours
+
+
+def test_an_installed_package_trains_by_the_name_of_a_config(installed, tmp_path):
+    call = "-m convmlp.classification -c quickstart --model-kwargs spatial_connect=False --img-size 32 --epochs 1 "
+    call += "--warmup-epochs 0 --batch-size 512 --workers 0 --no-model-ema"
+    run = python(installed, *call.split(), cwd=tmp_path)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert (tmp_path / "output/quickstart/best.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("module", "config"), [("detection", "quickstart_retinanet"), ("segmentation", "segmentation/quickstart_fpn")]
+)
+def test_an_installed_package_finds_configs_of_mmdet_and_mmseg(installed, tmp_path, module, config):
+    run = python(installed, "-m", f"convmlp.{module}", config, "nowhere", cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.strip().endswith(f"{module}.py: error: no such data folder: nowhere")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "convmlp_s_imagenet",
+        "convmlp_s_imagenet.yml",
+        "classification/convmlp_s_imagenet.yml",
+        "configs/classification/convmlp_s_imagenet.yml",
+    ],
+)
+def test_a_config_of_the_package_has_a_name_and_paths(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == config_folder() / "classification/convmlp_s_imagenet.yml"
+    assert parse_options(["-c", name]).weight_decay == 0.05
+
+
+def test_a_file_of_ones_own_comes_before_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("quickstart.yml").write_text("lr: 7")
+    assert parse_options(["-c", "quickstart.yml"]).lr == 7
+    assert parse_options(["-c", "quickstart"]).lr != 7
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("convmlp_s_imagnet", "did you mean convmlp_s_imagenet?"),
+        ("imagenet.yml", "no such config: imagenet.yml"),  # only others are based on it
+        ("detection/quickstart_retinanet.py", "no such config"),  # of another task
+        ("", "no such config"),
+        ("q" * 300, "`convmlp configs` lists"),
+        ("a\0b", "no such config"),
+    ],
+)
+def test_a_config_that_is_not_there_is_one_clear_line(name, hint):
+    with pytest.raises(RunError, match="no such config") as error:
+        find_config(name, "classification")
+    assert hint in str(error.value)
+
+
+def test_configs_are_not_copied_over_anything(tmp_path, capsys):
+    Image.new("L", (1, 1)).save(tmp_path / "picture.png")
+    assert cli.main(["configs", "--copy", str(tmp_path)]) == 2
+    assert f"{tmp_path} is there already: name a new folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
