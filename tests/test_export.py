@@ -115,8 +115,8 @@ def test_what_is_written_gives_the_logits_of_the_model(format, written, tiny):
     report = written(format)
     folder = report.path.parent
     assert difference(load(report.path, format), tiny.model, images()) < 1e-5
-    files = ["tiny", "tiny/config.json", "tiny/model.safetensors"] if format == "safetensors" else [report.path.name]
-    assert inside(folder) == files
+    in_folder = ["tiny", *(f"tiny/{name}" for name in ("README.md", "config.json", "model.safetensors"))]
+    assert inside(folder) == (in_folder if format == "safetensors" else [report.path.name])
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     assert report == Report(report.path, size, torch.float32, [(1, 64, 64)] * 3, report.absolute, report.relative)
     assert 0 <= report.relative < 1e-5
@@ -424,7 +424,7 @@ def test_a_folder_is_added_to_only_when_asked(tiny, tmp_path):
     assert difference(load(folder, "safetensors"), tiny.model, images()) == 0
     assert inside(tmp_path) == [
         "folder",
-        *(f"folder/{name}" for name in ("config.json", "model.safetensors", "notes.txt")),
+        *(f"folder/{name}" for name in ("README.md", "config.json", "model.safetensors", "notes.txt")),
     ]
 
 

@@ -3,7 +3,7 @@
 import logging
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class Classifier:
     """A model in evaluation mode with what its inputs and outputs mean.
 
     `name` is timm's, `title` also says which weights these are; `data_config` is timm's: input_size (c, h, w), mean,
-    std, interpolation, crop_pct, crop_mode.
+    std, interpolation, crop_pct, crop_mode. `origin` is where the weights come from: 'published', 'random', or 'file',
+    and `about` the args, epoch and history that it has if it is a checkpoint of classification.py.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Classifier:
     data_config: dict[str, Any]
     device: torch.device
     title: str
+    origin: str = "file"
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def image_mode(self) -> str:
@@ -104,6 +107,7 @@ def open_classifier(
     folder = _hub_folder(checkpoint)
     if folder:
         model, checkpoint = f"local-dir:{folder}", None
+    origin = "file"
     if checkpoint is None:
         name = model or "convmlp_s"
         check_name("--model", name)
@@ -111,6 +115,10 @@ def open_classifier(
         network = create_by_name(name, pretrained, **settings)
         about: dict[str, Any] = {}
         title = name if pretrained else f"{name} (random weights)"
+        if not pretrained:
+            origin = "random"
+        elif not name.startswith(SOURCES):
+            origin = "published"
     else:
         name, network, about = _load(model, checkpoint)
         title = f"{name} of {checkpoint}"
@@ -125,7 +133,8 @@ def open_classifier(
         if checkpoint and has_fixed_size(name):
             raise RunError(f"--img-size: {title} works at its own {config['input_size'][-1]} px alone")
         config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
-    return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title)
+    told = {key: about[key] for key in ("args", "epoch", "history") if key in about}
+    return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title, origin, told)
 
 
 def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
@@ -263,7 +272,12 @@ def _class_names(network: nn.Module) -> list[str]:
     if subset:
         info = ImageNetInfo(subset)
         return [info.index_to_description(i) for i in range(info.num_classes())]
-    return [f"class {i}" for i in range(network.num_classes)]
+    return numbered_names(network.num_classes)
+
+
+def numbered_names(n: int) -> list[str]:
+    """What stands in for the names of n classes that nobody told."""
+    return [f"class {i}" for i in range(n)]
 
 
 def _read_lines(path: str) -> list[str]:

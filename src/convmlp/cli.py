@@ -75,6 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--fold", action="store_true", help="fold BatchNorm into the convolutions")
     add("--half", action="store_true", help="float16")
     add("--opset", type=positive, metavar="N", help="of ONNX; by default PyTorch's")
+    add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
     add("--img-size", type=positive, metavar="PX", help="side of the square the model sees")
     _add_pretrained(sub)
 
@@ -362,7 +363,7 @@ def _export(options: argparse.Namespace) -> None:
     from .classifier import open_any, open_classifier
     from .export import SUFFIXES, export
 
-    settings = dict(pretrained=options.pretrained, device="cpu", img_size=options.img_size)
+    settings = dict(pretrained=options.pretrained, device="cpu", img_size=options.img_size, class_map=options.class_map)
     if options.model:
         classifier = open_classifier(options.model, options.source, **settings)
     else:

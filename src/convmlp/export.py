@@ -23,10 +23,11 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from .classifier import Classifier
+from .classifier import Classifier, numbered_names
 from .deploy import fold_batchnorm
 from .errors import RunError, suggest
 from .files import check_writable, make_folder, write_atomically
+from .model_card import make_card
 
 _logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ def export(
 
     ONNX metadata_props tell arch, class_names, input_size, mean, std and the rest of timm's data configuration, each
     in JSON; torch-export and torchscript hold all of them in an extra file, classifier.json. A safetensors folder is
-    a model for timm after `import convmlp.timm_models`: `timm.create_model('local-dir:FOLDER', pretrained=True)`.
+    a model for timm after `import convmlp.timm_models`: `timm.create_model('local-dir:FOLDER', pretrained=True)`, also
+    for transformers, and its README.md is a card for Hugging Face's Hub.
 
     Args:
         path: The file to write; for safetensors the folder.
@@ -82,7 +84,7 @@ def export(
         fold: Fold BatchNorm into the convolutions; not for safetensors. PyTorch's ONNX exporter does so by itself.
         half: Weights, input and logits in float16; timm makes float32 of such weights when it loads them.
         opset: Of ONNX; by default PyTorch's choice. For our models it writes 18 to 25.
-        overwrite: Replace what is at `path`; in a folder, the two files.
+        overwrite: Replace what is at `path`; in a folder, the three files.
 
     Raises:
         RunError: a request that cannot be met, a missing package, a model that does not fit the format, or a file
@@ -190,10 +192,23 @@ def _write_torchscript(
 
 
 def _write_safetensors(network: nn.Module, folder: Path, classifier: Classifier) -> Run:
-    labels = {"label_names": classifier.class_names}
+    names = classifier.class_names
+    labels = {} if names == numbered_names(len(names)) else {"label_names": names}
     save_for_hf(network, folder, labels, safe_serialization=True, data_config=classifier.data_config)
+    _correct_config(folder / "config.json", classifier.origin)
+    make_card(classifier).save(folder / "README.md")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return lambda images: loaded(images.float())
+
+
+def _correct_config(path: Path, origin: str) -> None:
+    """What timm writes into config.json, less what other readers stumble over and what is not true of these weights."""
+    config = json.loads(path.read_text())
+    config["model_args"].pop("num_classes", None)  # stands above too; transformers would pass it twice
+    untrue = ("tag", "license", "origin_url") if origin != "published" else ()
+    for key in ("label_names", *untrue):  # the names of these weights stand above
+        config["pretrained_cfg"].pop(key, None)
+    path.write_text(json.dumps(config, indent=2))
 
 
 def _capture(network: nn.Module, example: torch.Tensor, dynamic: bool) -> torch.export.ExportedProgram:
@@ -231,7 +246,7 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(temporary)
         path.mkdir(exist_ok=True)
-        for file in sorted(temporary.iterdir(), reverse=True):
+        for file in sorted(temporary.iterdir(), key=lambda file: file.name == "config.json"):
             shutil.copymode(temporary / "config.json", file)  # Hugging Face's writer lets nobody else read
             os.replace(file, path / file.name)
     except OSError as error:

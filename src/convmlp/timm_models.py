@@ -6,17 +6,24 @@ from typing import Any
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torchvision.datasets import Flowers102
 
 from .model import ConvMLP
 from .zoo import PURE_MLPS, VARIANTS, adapt_state_dict, checkpoint_urls, extract_state_dict
 
 __all__: list[str] = []
 
-# Settings of the fine-tuned checkpoints that differ from ImageNet's
+# Settings of the fine-tuned checkpoints that differ from ImageNet's. torchvision knows the names of these classes from
+# 0.22 on, and those of CIFAR only with its files.
 _FINE_TUNED: dict[str, dict[str, Any]] = {
     "cifar10": dict(num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
     "cifar100": dict(num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
-    "flowers102": dict(num_classes=102, mean=(0.4353, 0.3773, 0.2872), std=(0.2966, 0.2455, 0.2698)),
+    "flowers102": dict(
+        num_classes=102,
+        mean=(0.4353, 0.3773, 0.2872),
+        std=(0.2966, 0.2455, 0.2698),
+        label_names=getattr(Flowers102, "classes", None),
+    ),
 }
 
 
