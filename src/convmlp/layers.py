@@ -4,6 +4,8 @@ Shapes: b batch, h and w spatial, c or dim channels. Stages take and give maps a
 inside work channels last, (b, h, w, dim). Attribute names are those of the published checkpoints.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -111,13 +113,13 @@ class ConvMLPBlock(nn.Module):
     The convolution ("connect") has no residual of its own: it is the one place where positions mix.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, dilation: int = 1):
         super().__init__()
         hidden_dim = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.channel_mlp1 = ChannelMLP(dim, hidden_dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.connect = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.connect = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, bias=False)
         self.connect_norm = nn.LayerNorm(dim)
         self.channel_mlp2 = ChannelMLP(dim, hidden_dim)
         self.drop_path = DropPath(drop_path)
@@ -146,11 +148,11 @@ class ChannelMLPBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """3x3 convolution of stride 2 with bias: (b, dim, h, w) -> (b, out_dim, h/2, w/2)."""
+    """3x3 convolution with bias: (b, dim, h, w) -> (b, out_dim, h/stride, w/stride)."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, stride: int = 2, dilation: int = 1):
         super().__init__()
-        self.downsample = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
+        self.downsample = nn.Conv2d(dim, out_dim, 3, stride, padding=dilation, dilation=dilation)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.downsample(x)
@@ -160,7 +162,8 @@ class ConvMLPStage(nn.Module):
     """Conv-MLP blocks, then downsampling unless `out_dim` is None: (b, dim, h, w) -> (b, out_dim, h/2, w/2).
 
     Stochastic depth rises linearly from 0 to `drop_path_rate` over the blocks of this stage: the reference restarts
-    its ramp in every stage.
+    its ramp in every stage. `stride` of 1 keeps h and w; `dilation` spreads the 3x3 convolutions over a map that
+    earlier stages have kept so.
     """
 
     def __init__(
@@ -172,17 +175,21 @@ class ConvMLPStage(nn.Module):
         drop_path_rate: float,
         conv_downsample: bool = True,
         spatial_connect: bool = True,
+        stride: int = 2,
+        dilation: int = 1,
     ):
         super().__init__()
         self.grad_checkpointing = False
-        block = ConvMLPBlock if spatial_connect else ChannelMLPBlock
+        block = partial(ConvMLPBlock, dilation=dilation) if spatial_connect else ChannelMLPBlock
         self.blocks = nn.ModuleList(
             block(dim, mlp_ratio, drop_path_rate * i / max(n_blocks - 1, 1)) for i in range(n_blocks)
         )
         if out_dim is None:
             self.downsample_mlp: nn.Module = nn.Identity()
+        elif conv_downsample:
+            self.downsample_mlp = Downsample(dim, out_dim, stride, dilation)
         else:
-            self.downsample_mlp = Downsample(dim, out_dim) if conv_downsample else PatchMerging(dim, out_dim, 2)
+            self.downsample_mlp = PatchMerging(dim, out_dim, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()  # free for a channels_last input; otherwise one copy a stage

@@ -35,6 +35,9 @@ class ConvMLP(nn.Module):
         conv_downsample: False replaces the strided convolutions by linear layers over 2x2 patches.
         spatial_connect: False leaves out the depthwise convolution of the Conv-MLP blocks, and its norm. With all
             three False the model is the paper's Pure-MLP baseline, see docs/ablation.md.
+        output_stride: Stride of the last map, by default 8 doubled by every stage but the last: 32 for three stages.
+            With a smaller one, from 8 up, the later stages keep their resolution and dilate their convolutions
+            instead, for decoders such as DeepLab's; the weights are the same. Needs `conv_downsample`.
 
     Raises:
         ValueError: sequences of unequal length, a value out of range, or an unknown pooling.
@@ -59,6 +62,7 @@ class ConvMLP(nn.Module):
         conv_stage: bool = True,
         conv_downsample: bool = True,
         spatial_connect: bool = True,
+        output_stride: int | None = None,
     ):
         super().__init__()
         blocks, dims, mlp_ratios = tuple(blocks), tuple(dims), tuple(mlp_ratios)
@@ -76,14 +80,27 @@ class ConvMLP(nn.Module):
             raise ValueError(f"got {in_chans=}, {num_classes=}")
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
             raise ValueError(f"rates lie in [0, 1), got {drop_rate=}, {drop_path_rate=}")
+        strides = [8 * 2**i for i in range(len(dims))]  # of the maps that the stages take
+        if output_stride is None:
+            output_stride = strides[-1]
+        if not isinstance(output_stride, int) or output_stride not in strides:
+            raise ValueError(f"output_stride is one of {', '.join(map(str, strides))}, got {output_stride!r}")
+        if output_stride < strides[-1] and not conv_downsample:
+            raise ValueError(f"linear layers over patches cannot dilate, got {output_stride=} with {conv_downsample=}")
         if not classifier_head:
             num_classes = 0
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = dims[-1]
         self.classifier_head = classifier_head
 
-        def mlp_stage(dim: int, out_dim: int | None, n_blocks: int, mlp_ratio: float) -> ConvMLPStage:
-            return ConvMLPStage(dim, out_dim, n_blocks, mlp_ratio, drop_path_rate, conv_downsample, spatial_connect)
+        def mlp_stage(
+            dim: int, out_dim: int | None, n_blocks: int, mlp_ratio: float, in_stride: int = 4
+        ) -> ConvMLPStage:
+            stride = 2 if in_stride < output_stride else 1
+            dilation = max(in_stride // output_stride, 1)
+            return ConvMLPStage(
+                dim, out_dim, n_blocks, mlp_ratio, drop_path_rate, conv_downsample, spatial_connect, stride, dilation
+            )
 
         if conv_stage:
             self.tokenizer: nn.Module = Tokenizer(in_chans, channels)
@@ -92,13 +109,12 @@ class ConvMLP(nn.Module):
             self.tokenizer = PatchMerging(in_chans, channels, 4)
             self.conv_stages = mlp_stage(channels, dims[0], n_conv_blocks, mlp_ratios[0])
         self.stages = nn.ModuleList(
-            mlp_stage(dim, out_dim, n_blocks, mlp_ratio)
-            for dim, out_dim, n_blocks, mlp_ratio in zip(dims, [*dims[1:], None], blocks, mlp_ratios, strict=True)
+            mlp_stage(*settings) for settings in zip(dims, [*dims[1:], None], blocks, mlp_ratios, strides, strict=True)
         )
         has_norm = num_classes > 0 if final_norm is None else final_norm
         self.norm = nn.LayerNorm(dims[-1]) if has_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.feature_info = _feature_info(channels, dims)
+        self.feature_info = _feature_info(channels, dims, output_stride)
         self.apply(_init_weights)
         self._set_head(num_classes, global_pool)
 
@@ -259,16 +275,16 @@ class ConvMLP(nn.Module):
         return set()
 
 
-def _feature_info(channels: int, dims: Sequence[int]) -> list[dict[str, Any]]:
-    """The last map at each stride: four levels, strides 4 to 32, for the paper's three stages."""
+def _feature_info(channels: int, dims: Sequence[int], output_stride: int) -> list[dict[str, Any]]:
+    """The last map of each width: four levels, strides 4 to 32 or `output_stride`, for the paper's three stages."""
     infos = [
         dict(num_chs=channels, reduction=4, module="tokenizer"),
         dict(num_chs=dims[0], reduction=8, module="conv_stages"),
     ]
     for i, out_dim in enumerate([*dims[1:], dims[-1]]):
-        reduction = 8 * 2 ** min(i + 1, len(dims) - 1)
-        infos.append(dict(num_chs=out_dim, reduction=reduction, module=f"stages.{i}"))
-    return list({info["reduction"]: info for info in infos}.values())
+        infos.append(dict(num_chs=out_dim, reduction=min(16 * 2**i, output_stride), module=f"stages.{i}"))
+    del infos[-2]  # the last stage has no downsampling: its map replaces the one it starts from
+    return infos
 
 
 def _init_weights(module: nn.Module) -> None:
