@@ -28,7 +28,7 @@ PUBLISHED = "imagenet"
 
 @MODELS.register_module()
 class ConvMLPBackbone(ConvMLP, BaseModule):
-    """Images to maps: (b, in_chans, h, w) -> tuple of (b, dim, h/s, w/s), strides s of 4, 8, 16 and 32.
+    """Images to maps: (b, in_chans, h, w) -> tuple of (b, dim, h/s, w/s), strides s of 4, 8, 16 and 32 by default.
 
     The maps are those of the reference's detection and segmentation backbones: the outputs of the tokenizer, the
     convolution stage, and the first and the last Conv-MLP stage; 64, 128, 256 and 512 channels wide for S and M, 96,
@@ -44,6 +44,7 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         with_cp: Recompute the Conv-MLP blocks in the backward pass to save memory.
         drop_path_rate: Largest stochastic depth rate of a stage.
         in_chans: Channels of the input image.
+        output_stride: Largest stride of a map, 8, 16 or 32; see `ConvMLP`. 8 is the `d8` of mmseg's configs.
         init_cfg: None for random weights, or dict(type='Pretrained', checkpoint=...): 'imagenet' for the published
             weights, or a path or URL. `prefix='backbone.'` takes the backbone out of a detector's checkpoint.
 
@@ -61,11 +62,18 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         with_cp: bool = False,
         drop_path_rate: float = 0.1,
         in_chans: int = 3,
+        output_stride: int = 32,
         init_cfg: dict[str, Any] | None = None,
     ):
         if arch not in VARIANTS:
             raise ValueError(f"arch is one of {', '.join(VARIANTS)}, got {arch!r}{suggest(str(arch), VARIANTS)}")
-        super().__init__(**VARIANTS[arch], classifier_head=False, drop_path_rate=drop_path_rate, in_chans=in_chans)
+        super().__init__(
+            **VARIANTS[arch],
+            classifier_head=False,
+            drop_path_rate=drop_path_rate,
+            in_chans=in_chans,
+            output_stride=output_stride,
+        )
         levels = len(self.feature_info)
         self.out_indices = tuple(out_indices)
         if not self.out_indices or self.out_indices != tuple(sorted({i for i in self.out_indices if 0 <= i < levels})):
@@ -86,8 +94,9 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         for part in [*self._frozen, *unused]:
             part.requires_grad_(False)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True))
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]  # as necks want it
+        maps: Any = self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)
+        return tuple(maps)
 
     def train(self, mode: bool = True) -> "ConvMLPBackbone":
         super().train(mode)

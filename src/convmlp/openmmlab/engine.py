@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import init_dist
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
@@ -27,6 +27,7 @@ from ..files import lock_folder, remove_leftovers, was_restarted
 from ..signals import STOPPED, Stopped, lost_process
 from .checkpoints import find_checkpoints, newest_readable
 from .datasets import Request, leaf_datasets, replace_root
+from .ops import MissingOperator
 from .options import parse_options
 from .runner import CarefulRunner
 from .survival import Diverged, on_main_process
@@ -37,8 +38,10 @@ DRAWN_PICTURES = 50
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # such errors often name no file
 
 # Top-level keys that mmengine reads and a config need not have
-RUNNER_KEYS = ("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name")
-RUNNER_KEYS += ("find_unused_parameters", "load_from", "log_level", "model_wrapper_cfg", "randomness", "sync_bn")
+RUNNER_KEYS = (
+    *("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name"),
+    *("find_unused_parameters", "load_from", "log_level", "model_wrapper_cfg", "randomness", "sync_bn"),
+)
 OPTIONAL_OF_OPTIMIZERS = ("clip_grad", "paramwise_cfg")
 
 
@@ -74,7 +77,7 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
         if int(os.environ.get("RANK", 0)) == 0:  # all say the same
             complain(script, str(error))
         return 1
-    except RunError as error:
+    except (RunError, MissingOperator) as error:
         complain(script, f"error: {error}")
         return 2
     except Stopped as error:
@@ -330,7 +333,7 @@ def build_runner(cfg: Config) -> CarefulRunner:
 def train(cfg: Config, options: Namespace, script: str) -> None:
     """Train, and say at the end where the best checkpoint is and how to test it."""
     runner = build_runner(cfg)
-    names = next(iter(leaf_datasets(cfg).values()), {}).get("metainfo", {}).get("classes")
+    names = next(iter(leaf_datasets(cfg).values()), ConfigDict()).get("metainfo", {}).get("classes")
     if names:
         runner.logger.info(f"{len(names)} classes: {', '.join(names)}")
     folder = Path(runner.work_dir)

@@ -29,6 +29,10 @@ SOFT_NMS_METHODS = ("naive", "linear", "gaussian")
 TORCHVISION_TYPES = (torch.float32, torch.float64)
 
 
+class MissingOperator(NotImplementedError):
+    """A model calls one of mmcv's operators that torchvision does not have."""
+
+
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
     """Indices of the boxes (n, 4) that stay, best score first. A box is `offset` pixels wider than x2 - x1."""
     boxes = boxes.float() if boxes.dtype not in TORCHVISION_TYPES else boxes
@@ -53,7 +57,7 @@ def softnms(
     scores = scores.clone()
     left = torch.arange(len(boxes), device=boxes.device)
     areas = (boxes[:, 2:] - boxes[:, :2] + offset).prod(1)
-    kept = []
+    kept: list[torch.Tensor] = []
     while len(left):
         best = left[scores[left].argmax()]
         dets[len(kept), :4] = boxes[best]
@@ -187,7 +191,7 @@ PROVIDED: dict[str, Callable[..., Any]] = {
 
 def _unavailable(name: str) -> NoReturn:
     provided = ", ".join(key for key in PROVIDED if not key.startswith("get_"))
-    raise NotImplementedError(f"the operator {name} needs {COMPILED}. Without one there are {provided}")
+    raise MissingOperator(f"the operator {name} needs {COMPILED}. Without one there are {provided}")
 
 
 class _StandIn(ModuleType):
