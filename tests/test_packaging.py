@@ -1,4 +1,4 @@
-"""What pip installs from the archives that are published: all modules, all configs, and commands that work without a checkout."""
+"""What pip installs from the archives: all modules, all configs, and commands that work without a checkout."""
 
 import os
 import subprocess
