@@ -8,6 +8,7 @@ from timm import is_model
 
 import convmlp.timm_models  # noqa: F401
 from convmlp.classification.options import load_config, parse_options, stored_options
+from convmlp.config_files import list_configs
 from convmlp.errors import RunError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
@@ -120,7 +121,7 @@ def test_fine_tuning_configs_hold_the_published_recipes(variant, dataset):
 
 
 def test_every_config_is_valid_and_names_a_model():
-    configs = [*CONFIGS.glob("*.yml"), *CONFIGS.glob("finetuned/*.yml")]
+    configs = [CONFIGS.parent / config for config in list_configs("classification")]
     assert len(configs) == 15
     for config in configs:
         assert is_model(options_of(config)["model"]), config

@@ -14,11 +14,11 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from . import timm_models  # noqa: F401  (registers our models with timm)
 from .devices import choose_device
 from .errors import RunError, suggest
 from .model import ConvMLP
 from .pictures import to_mode
+from .timm_models import TimmModel  # and our models are registered with timm
 from .zoo import (
     MIRRORS,
     VARIANTS,
@@ -51,7 +51,7 @@ class Classifier:
     """
 
     name: str
-    model: nn.Module
+    model: TimmModel
     class_names: list[str]
     data_config: dict[str, Any]
     device: torch.device
@@ -111,9 +111,9 @@ def open_classifier(
     if checkpoint is None:
         name = model or "convmlp_s"
         check_name("--model", name)
-        settings = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
+        settings: dict[str, Any] = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
         network = create_by_name(name, pretrained, **settings)
-        about: dict[str, Any] = {}
+        about: Mapping[str, Any] = {}
         title = name if pretrained else f"{name} (random weights)"
         if not pretrained:
             origin = "random"
@@ -133,7 +133,7 @@ def open_classifier(
         if checkpoint and has_fixed_size(name):
             raise RunError(f"--img-size: {title} works at its own {config['input_size'][-1]} px alone")
         config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
-    told = {key: about[key] for key in ("args", "epoch", "history") if key in about}
+    told: dict[str, Any] = {key: about[key] for key in ("args", "epoch", "history") if key in about}
     return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title, origin, told)
 
 
@@ -146,7 +146,7 @@ def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
     return open_classifier(model_or_checkpoint, **settings)
 
 
-def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str, Any]]:
+def _load(model: str | None, checkpoint: str) -> tuple[str, TimmModel, Mapping[str, Any]]:
     """The model of a checkpoint, and what else the checkpoint says: class_names, data_config, args."""
     path = find_checkpoint(checkpoint)
     try:
@@ -177,11 +177,11 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, nn.Module, dict[str,
     classes = about.get("class_names")
     if classes and len(classes) != len(head):
         raise CheckpointError(f"{path} names {len(classes)} classes, its head has {len(head)}")
-    has_conv = first_conv is not None and first_conv.ndim == 4
-    in_chans = args.get("in_chans") or (first_conv.shape[1] if has_conv else 3)
+    conv_chans = first_conv.shape[1:2] if first_conv is not None and first_conv.ndim == 4 else ()
+    in_chans = args.get("in_chans") or (conv_chans[0] if conv_chans else 3)
     settings |= dict(num_classes=len(head), in_chans=in_chans)
     network = create_by_name(name, **settings, **(args.get("model_kwargs") or {}))
-    channels = {in_chans, *(first_conv.shape[1:2] if has_conv and isinstance(network, ConvMLP) else ())}
+    channels = {in_chans, *(conv_chans if isinstance(network, ConvMLP) else ())}
     channels |= {about["data_config"]["input_size"][0]} if about else set()
     if len(channels) > 1:
         raise CheckpointError(
@@ -195,8 +195,9 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     """What a checkpoint says beside its weights, in the form that classification.py gives it."""
     if not about:
         return
-    names, args, config = (about.get(key) for key in ("class_names", "args", "data_config"))
-    sides = config.get("input_size") if isinstance(config, Mapping) else None
+    names, args = about.get("class_names"), about.get("args")
+    config: Any = about.get("data_config")
+    sides: Any = config.get("input_size") if isinstance(config, Mapping) else None
     right = {
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
         "args": isinstance(args, Mapping) and _are_settings(args.get("model_kwargs") or {}),
@@ -241,7 +242,7 @@ def _published_name(source: str, weights: Mapping[str, torch.Tensor]) -> str | N
     return files.get(source.rpartition("/")[2]) if fitting_variant(weights) else None
 
 
-def _data_config(network: nn.Module) -> dict[str, Any]:
+def _data_config(network: TimmModel) -> dict[str, Any]:
     """timm's, for the channels that the model really has."""
     names = network.pretrained_cfg.get("first_conv") or ""
     layer = dict(network.named_modules()).get(names if isinstance(names, str) else names[0])
@@ -260,10 +261,11 @@ def layer_names(name: str) -> tuple[str, str]:
     """The names of a timm model's head and first convolution; of several heads the first."""
     cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
     layers = (cfg.classifier or "", cfg.first_conv or "") if cfg else ("head", "")
-    return tuple(layer if isinstance(layer, str) else layer[0] for layer in layers)
+    head, first_conv = (layer if isinstance(layer, str) else layer[0] for layer in layers)
+    return head, first_conv
 
 
-def _class_names(network: nn.Module) -> list[str]:
+def _class_names(network: TimmModel) -> list[str]:
     """The names that a pretrained model's configuration holds, ImageNet's, or numbers."""
     names = network.pretrained_cfg.get("label_names")
     if names and len(names) == network.num_classes:
@@ -289,7 +291,7 @@ def _read_lines(path: str) -> list[str]:
 
 def create_by_name(
     name: str, pretrained: bool = False, progress: bool = False, option: str = "--model", **settings: Any
-) -> nn.Module:
+) -> TimmModel:
     """timm's create_model with one-line errors; our published weights come from any of their mirrors.
 
     Raises:
@@ -303,7 +305,7 @@ def create_by_name(
     if urls:
         download(urls, progress)
     try:
-        model = timm.create_model(name, pretrained=pretrained and not urls, **settings)
+        model: TimmModel = timm.create_model(name, pretrained=pretrained and not urls, **settings)
     except CheckpointError:
         raise
     except Exception as error:  # of models that are not ours, in a hundred files
@@ -338,11 +340,13 @@ def is_ours(name: str) -> bool:
 
 def published_file(name: str) -> str:
     """The file name of a ConvMLP's published weights."""
-    return timm.get_pretrained_cfg(name).url.rpartition("/")[2]
+    url = timm.get_pretrained_cfg_value(name, "url")
+    assert isinstance(url, str)  # all of ours have one
+    return url.rpartition("/")[2]
 
 
 def load_weights(
-    model: nn.Module,
+    model: TimmModel,
     checkpoint: Any,
     path: str,
     use_ema: bool = True,
@@ -355,7 +359,7 @@ def load_weights(
     error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
     """
     state_dict = extract_state_dict(checkpoint, use_ema, name=path)
-    about = checkpoint if isinstance(checkpoint, dict) else {}
+    about: Any = checkpoint if isinstance(checkpoint, dict) else {}
     config, names = about.get("data_config"), about.get("class_names")
     for key in ("mean", "std"):
         values = config.get(key) if isinstance(config, Mapping) else None

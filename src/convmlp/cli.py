@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -211,7 +212,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         RunError: an unknown verb or option (the nearest is offered), or a bad value.
     """
     parser = build_parser()
-    verbs = next(action for action in parser._actions if action.dest == "verb").choices
+    verbs = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction)).choices
     if argv and not argv[0].startswith("-") and argv[0] not in verbs:
         raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], verbs) or '; there are ' + ', '.join(verbs)}")
     options, unknown = parser.parse_known_args(argv)
@@ -255,7 +256,7 @@ def _predict(options: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-Found = tuple[list[dict[str, Any]], list[Exception]]
+Found = tuple[list[dict[str, Any]], Sequence[Exception]]
 
 
 def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
@@ -304,7 +305,8 @@ def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
     if model.library == "mmseg":
         _refuse(options, ("score_threshold",), "is for detection, and this is a segmentor")
     threshold = inference.SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
-    rows, unreadable = [], []
+    rows: list[dict[str, Any]] = []
+    unreadable: list[RunError] = []
     hidden = None if len(paths) > 1 else True
     for path, name in zip(tqdm(paths, unit="picture", leave=False, disable=hidden), drawn_names(paths), strict=True):
         try:
@@ -344,18 +346,17 @@ def _visualize(options: argparse.Namespace) -> None:
     from .pictures import read_picture
 
     check_format(out)
-    image = read_picture(options.image) if options.image else None
+    if options.kind == "filters":
+        draw = visualize.filter_figure
+    elif options.kind == "features":
+        draw = partial(visualize.feature_figure, read_picture(options.image))
+    else:
+        draw = partial(visualize.cam_figure, read_picture(options.image), wanted=options.classes or ())
     classifiers = [
         open_any(model, pretrained=options.pretrained, device=options.device, img_size=options.img_size)
         for model in options.models
     ]
-    if options.kind == "filters":
-        figure = visualize.filter_figure(classifiers)
-    elif options.kind == "features":
-        figure = visualize.feature_figure(image, classifiers)
-    else:
-        figure = visualize.cam_figure(image, classifiers, options.classes or ())
-    save_figure(figure, out)
+    save_figure(draw(classifiers), out)
     _say(f"drawn: {out}")
 
 
@@ -447,17 +448,14 @@ def _benchmark(options: argparse.Namespace) -> None:
     steps = comparison.count_steps(plan) if with_models else 0
     steps += loading.count_steps(plan) if options.loading else 0
     _say(f"{steps} steps of {options.seconds:g} s, or more where something is made ready")
-    rows, rates, loaded = [], [], []
     with tqdm(total=steps, leave=False, disable=None, unit="step") as bar:
 
         def tell(what: str) -> None:
             bar.set_description_str(what)
             bar.update()
 
-        if options.loading:
-            loaded = loading.compare_loading(plan, options.data, options.workers, tell)
-        if with_models:
-            rows, rates = comparison.compare(plan, tell)
+        loaded = loading.compare_loading(plan, options.data, options.workers, tell) if options.loading else []
+        rows, rates = comparison.compare(plan, tell) if with_models else ([], [])
 
     content = report.as_json(["convmlp", *options.argv], was_busy, plan, rows, rates, loaded)
     _write(options.json, lambda file: report.write_json(file, content))

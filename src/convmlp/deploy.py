@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -106,7 +106,7 @@ class Prepared(nn.Module):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> Any:
         """(b, c, h, w), of any floating type -> the model's outputs, in float32."""
-        if self._run is None:
+        if self._run is None or self.shape is None:
             return self.network(x)
         if x.shape == self.shape:
             return self._run(x.float().contiguous())
@@ -141,7 +141,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-def _runs_in_order(module: nn.Module) -> bool:
+def _runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
@@ -150,7 +150,7 @@ class _Network(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         super().__init__()
-        self.model = model.to(dtype=dtype, memory_format=torch.channels_last).requires_grad_(False)
+        self.model = model.to(dtype).to(memory_format=torch.channels_last).requires_grad_(False)
         self.dtype = dtype
         self.eval()
 

@@ -103,14 +103,14 @@ def _package(requirement: Requirement) -> Finding:
     """Whether a package is there, in the version asked for, and can be imported."""
     name = requirement.name
     mend = f"pip install '{_plain(requirement)}'"
-    rivals = [rival for rival in RIVALS.get(name, ()) if _version(rival)]
+    rivals = {rival: found for rival in RIVALS.get(name, ()) if (found := _version(rival))}
     version = _version(name)
     if version and rivals:
         both = " ".join([name, *rivals])
-        detail = f"{name} and {rivals[0]} bring the same modules"
+        detail = f"{name} and {next(iter(rivals))} bring the same modules"
         return Finding(name, BROKEN, detail, f"pip uninstall -y {both} && {mend}")
     if rivals:
-        name, version = rivals[0], _version(rivals[0])
+        name, version = next(iter(rivals.items()))
     elif not version:
         return Finding(name, MISSING, "", mend)
     elif not requirement.specifier.contains(version, prereleases=True):
@@ -118,8 +118,12 @@ def _package(requirement: Requirement) -> Finding:
     module = MODULES.get(requirement.name, requirement.name.replace("-", "_"))
     if module in ("mmdet", "mmseg"):  # they need the operators, which are looked at next
         return Finding(name, GOOD, version)
-    finding = _try(name, lambda: importlib.import_module(module) and version, mend)
-    return finding
+
+    def use() -> str:
+        importlib.import_module(module)
+        return version
+
+    return _try(name, use, mend)
 
 
 def _plain(requirement: Requirement) -> str:

@@ -100,7 +100,7 @@ def export(
     reference = copy.deepcopy(classifier.model).eval().requires_grad_(False)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format)
     network = (fold_batchnorm(reference) if fold else copy.deepcopy(reference)).to(dtype)
-    arch = network.pretrained_cfg["architecture"]
+    arch = classifier.model.pretrained_cfg["architecture"]
     about = {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
     images = [
         torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
@@ -167,6 +167,7 @@ def _write_onnx(exported: torch.export.ExportedProgram, path: Path, about: dict[
         dynamo=True,
         verbose=False,
     )
+    assert program is not None  # with dynamo=True
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         raise RunError(f"PyTorch cannot write this model in ONNX opset {opset}, only in {written} or so")
@@ -194,7 +195,7 @@ def _write_torchscript(
 def _write_safetensors(network: nn.Module, folder: Path, classifier: Classifier) -> Run:
     names = classifier.class_names
     labels = {} if names == numbered_names(len(names)) else {"label_names": names}
-    save_for_hf(network, folder, labels, safe_serialization=True, data_config=classifier.data_config)
+    save_for_hf(network, str(folder), labels, safe_serialization=True, data_config=classifier.data_config)
     _correct_config(folder / "config.json", classifier.origin)
     make_card(classifier).save(folder / "README.md")
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()

@@ -14,14 +14,15 @@ _logger = logging.getLogger(__name__)
 LOCK = ".lock"
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was.
 
     A link stays, and what it points to is replaced. What is no file, such as a pipe, is written into.
     """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
-        return write(path)
+        write(path)
+        return
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         write(temporary)

@@ -135,7 +135,7 @@ def make_card(classifier: Classifier) -> ModelCard:
     family = f"of the [ConvMLP paper]({PAPER})" if is_ours else "one of timm's"
     loading = LOADING.replace("<import>\n", f"{IMPORT}\n" if is_ours else "\n")
     sections = {
-        "Results": _results(story) if story.score else "",
+        "Results": _results(story.score, story.measured) if story.score else "",
         "Model": _list(_facts(classifier)),
         "Use": (WHY_IMPORT if is_ours else "") + loading,
         "Training": story.training,
@@ -155,10 +155,11 @@ def _full_name(classifier: Classifier) -> str:
 
 
 def _tell(classifier: Classifier) -> Story:
+    cfg = classifier.model.pretrained_cfg
     if classifier.origin == "random":
         return Story("Its weights are random: it was not trained, and what it answers means nothing.")
     if classifier.origin == "published" and isinstance(classifier.model, ConvMLP):
-        return _tell_published(classifier.model.pretrained_cfg)
+        return _tell_published(cfg)
     if classifier.origin == "published":
         return Story(f"Its weights are those that timm has for `{_full_name(classifier)}`.")
     if classifier.about:
@@ -235,11 +236,10 @@ def _facts(classifier: Classifier) -> dict[str, str]:
     }
 
 
-def _results(story: Story) -> str:
-    score = story.score
+def _results(score: EvalResult, measured: str) -> str:
     split = f", {score.dataset_split}" if score.dataset_split else ""
     row = {f"{score.metric_name} on {score.dataset_name}{split}": f"{100 * score.metric_value:.1f} %"}
-    return f"{_list(row)}\n{story.measured}\n"
+    return f"{_list(row)}\n{measured}\n"
 
 
 def _licence(classifier: Classifier) -> str:

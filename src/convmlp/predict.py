@@ -29,7 +29,7 @@ TOPK, BATCH_SIZE = 5, 16
 class Guess(NamedTuple):
     """A class with its probability, 0 to 1."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in the place of the method that tuples have
     name: str
     probability: float
 
@@ -102,7 +102,7 @@ def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
     """The picture with its classes below it, each over a bar as long as it is probable."""
-    factor = max(1, math.ceil(SMALLEST_DRAWN / min(image.size)))
+    factor: float = max(1, math.ceil(SMALLEST_DRAWN / min(image.size)))
     factor = min(factor, LARGEST_DRAWN / max(image.size))
     size = [max(1, round(side * factor)) for side in image.size]
     image = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)

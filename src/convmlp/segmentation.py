@@ -12,8 +12,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{SCRIPT} needs mmseg: pip install 'convmlp[openmmlab]'", file=sys.stderr)
         return 2
 
-    from .openmmlab.labelmaps import prepare
     from .openmmlab.engine import main as run
+    from .openmmlab.labelmaps import prepare
 
     return run(SCRIPT, prepare, argv)
 

@@ -5,6 +5,7 @@ import re
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._group: Any = None  # or a group, never NON_GROUP_MEMBER: no process is left out
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals

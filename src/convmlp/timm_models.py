@@ -13,6 +13,9 @@ from .zoo import PURE_MLPS, VARIANTS, adapt_state_dict, checkpoint_urls, extract
 
 __all__: list[str] = []
 
+# An nn.Module with what timm sets on its models and nn.Module does not declare: pretrained_cfg, num_classes, ...
+TimmModel = Any
+
 # Settings of the fine-tuned checkpoints that differ from ImageNet's. torchvision knows the names of these classes from
 # 0.22 on, and those of CIFAR only with its files.
 _FINE_TUNED: dict[str, dict[str, Any]] = {
@@ -64,7 +67,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _fit(state_dict: dict[str, torch.Tensor], model: ConvMLP) -> dict[str, torch.Tensor]:
+def _fit(state_dict: dict[str, torch.Tensor], model: TimmModel) -> dict[str, torch.Tensor]:
     """Check the file against the model before timm's loader does, which would leave a mismatch at random values.
 
     timm also drops the head wherever its table, rather than the file, has another number of classes than the model.

@@ -37,7 +37,7 @@ def feature_figure(image: Image.Image, classifiers: Sequence[Classifier]) -> Fig
     stride four levels evenly apart.
     """
     figure = new_figure(2.6 * (LEVELS + 0.8), 2.3 * len(classifiers))
-    rows = np.atleast_1d(figure.subfigures(len(classifiers), 1))
+    rows = figure.subfigures(len(classifiers), 1, squeeze=False)[:, 0]
     for row, classifier in zip(rows, classifiers, strict=True):
         axes = _row(row, classifier.title, [0.72] + [1] * LEVELS)
         _show_input(axes[0], image, classifier)
@@ -97,7 +97,7 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
     """
     columns = 1 + max(1, len(wanted))
     figure = new_figure(2.7 * columns, 3.1 * len(classifiers))
-    rows = np.atleast_1d(figure.subfigures(len(classifiers), 1))
+    rows = figure.subfigures(len(classifiers), 1, squeeze=False)[:, 0]
     for row, classifier in zip(rows, classifiers, strict=True):
         probabilities = classify([image], classifier)[0]
         indices = [find_class(classifier, name) for name in wanted] or [int(probabilities.argmax())]

@@ -313,8 +313,9 @@ def adapt_state_dict(
         adapted[conv] = _adapt_in_chans(adapted[conv], own[conv].shape[1])
 
     head = adapted.get("head.weight")
-    new_head = head is not None and head.ndim == 2 and len(head) != model.num_classes
-    if new_head and head.shape[1] == model.num_features and "head.bias" in adapted:
+    n_classes, width = head.shape if head is not None and head.ndim == 2 else (model.num_classes, model.num_features)
+    new_head = n_classes != model.num_classes
+    if new_head and width == model.num_features and "head.bias" in adapted:
         adapted["head.weight"], adapted["head.bias"] = own["head.weight"], own["head.bias"]
 
     differences = list_differences(adapted, own)
@@ -324,7 +325,7 @@ def adapt_state_dict(
         raise CheckpointError(f"{name} does not fit the model: {shorten(differences)}{hint}")
     if new_head:
         _logger.warning(
-            f"{name} has {len(head)} classes, the model {model.num_classes}: the head starts from its initialisation"
+            f"{name} has {n_classes} classes, the model {model.num_classes}: the head starts from its initialisation"
         )
     return adapted
 

@@ -94,7 +94,7 @@ def _write_onnx_files(plan: Plan, group: Sequence[Variant], contestants: Sequenc
 
 
 def _row(variant: Variant, own: Contestant, base: Contestant) -> Row:
-    of_model = {key: base.about[key] for key in ("input_size", "macs", "parameters") if key in base.about}
+    of_model: Row = {key: base.about[key] for key in ("input_size", "macs", "parameters") if key in base.about}
     row: Row = {**asdict(variant), **of_model, "top1": published_top1(variant.model), **own.about}
     if own.failed or not own.turns:
         return {**row, "failed": own.failed or "it had no turn"}

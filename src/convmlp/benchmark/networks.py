@@ -29,12 +29,17 @@ GPU_QUEUE = 0.05  # seconds of work that a GPU is given before it is waited for
 Run = Callable[[], torch.Tensor]
 
 
+def _run_on_mps(run: Callable[[], Any]) -> None:
+    run()
+    torch.mps.synchronize()
+
+
 class DeviceCalls(Calls):
     """Calls on a device: timed by its own events on CUDA."""
 
     def __init__(self, run: Callable[[], Any], device: torch.device, about: dict[str, Any] | None = None):
         self.device = device
-        super().__init__(run if device.type != "mps" else lambda: (run(), torch.mps.synchronize()), about)
+        super().__init__(run if device.type != "mps" else partial(_run_on_mps, run), about)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
@@ -92,9 +97,10 @@ def open_network(spec: dict[str, Any], device: torch.device) -> tuple[nn.Module,
     classifier = open_any(spec["model"], pretrained=False, device="cpu", img_size=spec["img_size"])
     for module in classifier.model.modules():
         # what does nothing as it is initialised: logits of zero would tell nothing about a mode
-        if isinstance(module, nn.BatchNorm2d) and module.track_running_stats and not module.running_mean.any():
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            if not module.running_mean.any():
+                nn.init.normal_(module.running_mean, std=0.1)
+                nn.init.uniform_(module.running_var, 0.5, 1.5)
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
     generator = torch.Generator().manual_seed(1)
@@ -106,8 +112,9 @@ def _cost(model: nn.Module, x: torch.Tensor, spec: dict[str, Any]) -> dict[str, 
     """What the base line says for all: the size of a picture, and what it costs."""
     if (spec["mode"], spec["dtype"]) != BASE_LINE:
         return {}
-    cost = measure_cost(model, tuple(x.shape[1:]))
-    return {"macs": cost.macs, "parameters": cost.parameters, "input_size": list(x.shape[1:])}
+    _, c, h, w = x.shape
+    cost = measure_cost(model, (c, h, w))
+    return {"macs": cost.macs, "parameters": cost.parameters, "input_size": [c, h, w]}
 
 
 @torch.no_grad()
@@ -152,7 +159,7 @@ def _amp(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, about: dict[str,
 
 def _channels_last(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, about: dict[str, Any]) -> Run:
     layout = torch.channels_last
-    return partial(model.to(dtype, memory_format=layout), x.to(dtype).contiguous(memory_format=layout))
+    return partial(model.to(dtype).to(memory_format=layout), x.to(dtype).contiguous(memory_format=layout))
 
 
 def _folded(model: nn.Module, x: torch.Tensor, dtype: torch.dtype, about: dict[str, Any]) -> Run:
@@ -194,7 +201,7 @@ def build_training(spec: dict[str, Any]) -> Calls:
     if mode != "eager":
         model.to(memory_format=torch.channels_last)
         x = x.contiguous(memory_format=torch.channels_last)
-    fastest = {"fused": True} if is_fused else {"foreach": True}
+    fastest: dict[str, Any] = {"fused": True} if is_fused else {"foreach": True}
     optimizer = create_optimizer_v2(model, "adamw", lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, **fastest)
     average = ModelEmaV3(model, decay=EMA_DECAY, foreach=is_fused)
     amp_dtype = None if dtype == torch.float32 else dtype
@@ -234,7 +241,14 @@ def build_onnx_file(spec: dict[str, Any]) -> _Written:
     expected = model(x)
     folder, dtype = Path(spec["folder"]), getattr(torch, spec["dtype"])
     exported = torch.export.export(model.to(dtype), (x.to(dtype),))
-    program = torch.onnx.export(exported, input_names=["input"], output_names=["logits"], dynamo=True, verbose=False)
-    program.save(folder / "model.onnx", external_data=False)
+    torch.onnx.export(
+        exported,
+        f=folder / "model.onnx",
+        input_names=["input"],
+        output_names=["logits"],
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
     np.savez(folder / "batch.npz", x=x.to(dtype).numpy(), logits=expected.numpy())
     return _Written({})

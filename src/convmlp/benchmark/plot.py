@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from itertools import product
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
 from ..figures import new_figure, plain
-from .comparison import Row, best_of
+from .comparison import Row
 from .variants import BASE_LINE, PUBLISHED_SIZE, is_ours
 
 OURS, OTHERS = "#1b4f72", "#777777"
@@ -20,8 +20,10 @@ SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 # Where a label may stand: how many points away, in which direction, and beside which end of the line
 DISTANCES = (7, 14, 22, 32, 44, 58)
 BEST, PLAIN = -1, 0
-PLACES = ((1, 0, BEST), (-1, 0, PLAIN), (0, 1, BEST), (0, -1, BEST), (1, 1, BEST), (1, -1, BEST), (-1, 1, BEST))
-PLACES += ((-1, -1, BEST), (0, 1, PLAIN), (0, -1, PLAIN))
+PLACES = (
+    *((1, 0, BEST), (-1, 0, PLAIN), (0, 1, BEST), (0, -1, BEST), (1, 1, BEST), (1, -1, BEST), (-1, 1, BEST)),
+    *((-1, -1, BEST), (0, 1, PLAIN), (0, -1, PLAIN)),
+)
 LEADER_FROM = 14  # points
 POINT = 4.5  # points, half the side of what a marker covers
 
@@ -42,20 +44,22 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
         pixels = " or ".join(str(side) for side in sorted({row["input_size"][-1] for row in own}))
         panel.set_xlabel(f"images/s measured: {own[0]['task']}, batch {batch_size}, {pixels} px")
     panels[0].set_ylabel(f"ImageNet-1k top-1, %, as published for {PUBLISHED_SIZE} px")
-    FigureCanvasAgg(figure).draw()  # settles where the points are
-    for panel, own in zip(panels, labels, strict=True):
-        _place(panel, own)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # settles where the points are
+    for panel, of_panel in zip(panels, labels, strict=True):
+        _place(panel, of_panel, canvas.get_renderer())
     return figure
 
 
 Label = tuple[str, str, list[tuple[float, float]]]  # text, colour, and the ends of the line
+Place = tuple[tuple[float, float], float, tuple[int, int]]  # a point, and how far from it in which direction
 
 
 def _draw(panel: Axes, rows: Sequence[Row]) -> list[Label]:
     labels = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
-        best = best_of(own)
+        best = max(own, key=lambda row: row["images_per_s"])
         plain_rows = [row for row in own if (row["mode"], row["dtype"]) == BASE_LINE]
         points = [(row["images_per_s"], row["top1"]) for row in (*plain_rows, best)]
         colour = OURS if is_ours(model) else OTHERS
@@ -73,17 +77,16 @@ def _draw(panel: Axes, rows: Sequence[Row]) -> list[Label]:
     return labels
 
 
-def _place(panel: Axes, labels: Sequence[Label]) -> None:
+def _place(panel: Axes, labels: Sequence[Label], renderer: RendererAgg) -> None:
     """Write each label where it covers least: no point, no line, no other label."""
     scale = panel.figure.dpi / 72
-    renderer = panel.figure.canvas.get_renderer()
     covered: list[Bbox] = []
     for _, _, points in labels:
         line = panel.transData.transform(points)
         pieces = [line[0] + (line[-1] - line[0]) * i / 20 for i in range(21)] if len(points) > 1 else [line[0]]
         covered += [_around(piece, scale) for piece in pieces] + 3 * [_around(point, POINT * scale) for point in line]
     for text, colour, points in sorted(labels, key=lambda label: label[1] != OURS):
-        choices = []
+        choices: list[tuple[int, int, Place, Bbox]] = []
         for distance, (x, y, end) in product(DISTANCES, PLACES):
             annotation = _annotate(panel, text, colour, points[end], distance, (x, y))
             annotation.update_positions(renderer)

@@ -41,6 +41,8 @@ class Worker:
             env={**os.environ, **found_alike, "OMP_NUM_THREADS": str(threads)},
             start_new_session=True,
         )
+        assert self._process.stdin and self._process.stdout  # pipes were asked for
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, do: str, **details: Any) -> dict[str, Any]:
         """What the process answers.
@@ -54,12 +56,12 @@ class Worker:
 
     def _say(self, do: str, **details: Any) -> None:
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps({"do": do, **details}).encode() + b"\n")
-            self._process.stdin.flush()
+            self._requests.write(json.dumps({"do": do, **details}).encode() + b"\n")
+            self._requests.flush()
 
     def listen(self) -> dict[str, Any]:
         """The next answer; the first comes unasked, when all is imported."""
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise WorkerFailed(self._epitaph())
         answer = json.loads(line)
@@ -90,7 +92,7 @@ class Worker:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        for file in (self._process.stdin, self._process.stdout, self._errors):
+        for file in (self._requests, self._answers, self._errors):
             with contextlib.suppress(BrokenPipeError):
                 file.close()
 
@@ -111,19 +113,19 @@ class Contestant:
         self.worker = Worker(self.command, self.spec["threads"])
 
     def await_start(self) -> None:
-        self._note(lambda: self.worker.listen())
+        self._note(Worker.listen)
 
     def prepare(self) -> None:
-        self._note(lambda: self.worker.ask("prepare", **self.spec))
+        self._note(lambda worker: worker.ask("prepare", **self.spec))
 
     def take_turn(self, seconds: float) -> None:
-        self._note(lambda: self.worker.ask("measure", seconds=seconds))
+        self._note(lambda worker: worker.ask("measure", seconds=seconds))
 
-    def _note(self, answer: Callable[[], dict[str, Any]]) -> None:
-        if self.failed:
+    def _note(self, ask: Callable[[Worker], dict[str, Any]]) -> None:
+        if self.worker is None:  # since it failed
             return
         try:
-            self.about |= answer()
+            self.about |= ask(self.worker)
         except WorkerFailed as error:
             self.failed = str(error)
             self.close()

@@ -85,6 +85,7 @@ def serve(build: Build) -> None:
                 answer = {**subject.about, "prepared_in_s": seconds, "before_mb": before / MEGABYTE}
                 _forget_peak()
             else:
+                assert subject is not None, "nothing was prepared"
                 times = subject.measure(request["seconds"])
                 on_device = subject.peak_memory()
                 peak = peak_memory() if on_device is None else on_device
@@ -96,7 +97,7 @@ def serve(build: Build) -> None:
         reply(answer)
 
 
-def _take_pipes() -> tuple[Iterator[dict[str, Any]], Callable[[dict[str, Any]], Any]]:
+def _take_pipes() -> tuple[Iterator[dict[str, Any]], Callable[[dict[str, Any]], None]]:
     """The requests, and what answers them. What libraries print goes elsewhere, and they have no input."""
     source, target = os.dup(0), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -114,8 +115,12 @@ def _take_pipes() -> tuple[Iterator[dict[str, Any]], Callable[[dict[str, Any]], 
             os.killpg(0, signal.SIGKILL)  # with the compilers and loaders that were started here
         os._exit(1)
 
+    def reply(answer: dict[str, Any]) -> None:
+        target.write(json.dumps(answer).encode() + b"\n")
+        target.flush()
+
     threading.Thread(target=read, daemon=True).start()
-    return iter(waiting.get, None), lambda answer: (target.write(json.dumps(answer).encode() + b"\n"), target.flush())
+    return iter(waiting.get, None), reply
 
 
 def peak_memory() -> int:

@@ -72,10 +72,10 @@ def evaluate(
     details: Details | None = None,
     desc: str = "",
     stop: StopRequest | None = None,
-) -> dict[str, float] | None:
+) -> dict[str, float]:
     """loss, top1 and top5 (in per cent) over the images of all processes, each counted once.
 
-    With `stop`, None as soon as a process was asked to stop.
+    With `stop`, nothing as soon as a process was asked to stop.
     """
     model.eval()
     evaluator = ClassificationEvaluator(device=process.device)
@@ -92,7 +92,7 @@ def evaluate(
         if stop and stop.number:
             break
     if stop and stop.agreed():
-        return None
+        return {}
     if details:
         details.confusion = sum(process.gather(details.confusion))
     if not sum(process.gather(int(evaluator.counts[0]))):

@@ -186,8 +186,9 @@ class KeyedErasing(RandomErasing):
 class _Unpacked:
     """Takes the notes on unreadable images off the batches, for the loader that moves them to the device."""
 
-    def __init__(self, loader: DataLoader, stop: bool):
+    def __init__(self, loader: DataLoader, training: bool, stop: bool):
         self.loader = loader
+        self.training = training
         self.stop = stop
         self.unreadable: dict[str, None] = {}
 
@@ -204,7 +205,7 @@ class _Unpacked:
                     self.unreadable[note] = None
             if len(images):
                 yield images, targets
-            elif self.loader.dataset.training:  # no replacement was found
+            elif self.training:  # no replacement was found
                 raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {unreadable[0]}")
 
 
@@ -237,7 +238,7 @@ class Loader:
         self._unpacked = _Unpacked(
             DataLoader(
                 self.dataset,
-                batch_sampler=self.batches,
+                batch_sampler=self.batches,  # type: ignore[arg-type]  # a Batch, which is no list
                 collate_fn=_identity,
                 num_workers=workers,
                 pin_memory=options.pin_mem and device.type == "cuda",
@@ -245,10 +246,11 @@ class Loader:
                 worker_init_fn=leave_signals_to_the_parent,
                 generator=torch.Generator(),  # the loader draws a seed for its workers from it, not from ours
             ),
+            training=train,
             stop=options.on_bad_image == "stop",
         )
         self._on_device = PrefetchLoader(
-            self._unpacked,
+            self._unpacked,  # type: ignore[arg-type]  # any loader does
             mean=data_config["mean"],
             std=data_config["std"],
             channels=data_config["input_size"][0],
@@ -271,12 +273,15 @@ class Loader:
         return iter(self._on_device)
 
     def start(self, epoch: int, first: int = 0) -> None:
+        assert isinstance(self.batches, TrainBatches)  # there are no epochs in evaluation
         self.batches.start(epoch, first)
-        if self._on_device.random_erasing is not None:
-            self._on_device.random_erasing.start(epoch, first)
+        erasing = self._on_device.random_erasing
+        if isinstance(erasing, KeyedErasing):
+            erasing.start(epoch, first)
 
     def names(self, epoch: int, number: int) -> list[str]:
         """The images of a training batch."""
+        assert isinstance(self.batches, TrainBatches)
         return [self.dataset.source.name(i) for i in self.batches.batch(epoch, number).indices]
 
     @property
@@ -346,8 +351,11 @@ def make_loader(
     source: Source | IterableImageDataset, options: Any, data_config: dict[str, Any], process: Process, train: bool
 ) -> Loader | StreamLoader:
     """The loader for a source, after checking that the data fills a batch."""
-    kind = StreamLoader if isinstance(source, IterableImageDataset) else Loader
-    loader = kind(source, options, data_config, process, train)
+    loader: Loader | StreamLoader
+    if isinstance(source, IterableImageDataset):
+        loader = StreamLoader(source, options, data_config, process, train)
+    else:
+        loader = Loader(source, options, data_config, process, train)
     if train and not len(loader):
         ranks = f" x {process.world_size} processes" if process.distributed else ""
         raise RunError(f"--batch-size {options.batch_size}{ranks} is larger than the data: {len(source)} images")

@@ -5,7 +5,7 @@ device.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ class Loading:
         self.options = parse_options([*call.split(), split, str(folder)])
         self.options.workers = spec["workers"]
         self.workers = default_workers(self.options)
-        self.source = open_source(self.options, train=True)
+        source = open_source(self.options, train=True)
+        assert isinstance(source, ReaderSource)  # as of any folder
+        self.source = source
         self.options.num_classes = len(self.source.class_names)
         pictures = len(self.source)
-        if isinstance(self.source, ReaderSource):
-            self.source.reader.samples = self.source.reader.samples * -(-SHORTEST_EPOCH * BATCH_SIZE // pictures)
+        self.source.reader.samples = self.source.reader.samples * -(-SHORTEST_EPOCH * BATCH_SIZE // pictures)
         side = spec["img_size"]
         self.data_config = {"input_size": (3, side, side), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
         self.process = Process(torch.device(spec["device"]))
@@ -66,7 +67,7 @@ class Loading:
         batches.close()
         return [now / count]
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self) -> Generator[Any, None, None]:
         loader = Loader(self.source, self.options, self.data_config, self.process, train=True)
         while True:
             loader.start(self.epoch)

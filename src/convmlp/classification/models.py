@@ -9,24 +9,27 @@ import torch
 from timm.data import resolve_data_config
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.task import ClassificationTask, LogitDistillationTask, TrainingTask
+from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
 from ..classifier import check_name, create_by_name, has_fixed_size, load_weights, per_channel
 from ..errors import RunError
+from ..timm_models import TimmModel
 from ..zoo import CheckpointError, read_checkpoint
 from .loaders import create_mixup
 from .process import Process
 
-TEACHER = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": None, "grad_checkpointing": False}
-TEACHER |= {"model_kwargs": {}}
+TEACHER: dict[str, Any] = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": None}
+TEACHER |= {"grad_checkpointing": False, "model_kwargs": {}}
+Task = ClassificationTask | LogitDistillationTask
+
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd", "momentum", "nesterov")
 
 
-def create_model(options: Namespace, process: Process, class_names: Sequence[str]) -> nn.Module:
+def create_model(options: Namespace, process: Process, class_names: Sequence[str]) -> TimmModel:
     """The model of the options with its starting weights."""
     check_name("--model", options.model)
-    settings = {
+    settings: dict[str, Any] = {
         "num_classes": len(class_names),
         "in_chans": options.in_chans,
         "drop_rate": options.drop,
@@ -56,7 +59,7 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
     return model
 
 
-def resolve_data_settings(options: Namespace, model: nn.Module) -> dict[str, Any]:
+def resolve_data_settings(options: Namespace, model: TimmModel) -> dict[str, Any]:
     """Image size and normalisation, of the options or the model's; plain values, which the model is told."""
     config = resolve_data_config(vars(options), model=model)
     for key in ("mean", "std"):
@@ -76,7 +79,7 @@ class _Float32Loss(nn.Module):
         return self.loss(logits.float(), targets)
 
 
-def create_task(options: Namespace, model: nn.Module, process: Process, class_names: Sequence[str]) -> TrainingTask:
+def create_task(options: Namespace, model: nn.Module, process: Process, class_names: Sequence[str]) -> Task:
     """The model with its loss, and the teacher's if there is one."""
     device = process.device
     criterion = _Float32Loss(
@@ -114,7 +117,8 @@ def create_task(options: Namespace, model: nn.Module, process: Process, class_na
 
 def create_optimizer(options: Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the options, fused where PyTorch has it."""
-    fused = {"fused": True} if options.opt.lower() in FUSED_OPTIMIZERS and device.type in ("cuda", "cpu") else {}
+    has_fused = options.opt.lower() in FUSED_OPTIMIZERS and device.type in ("cuda", "cpu")
+    fused: dict[str, Any] = {"fused": True} if has_fused else {}
     try:
         return create_optimizer_v2(model, **optimizer_kwargs(options), **fused)
     except (ValueError, AssertionError, TypeError) as error:

@@ -318,7 +318,8 @@ def _apply(parser: argparse.ArgumentParser, values: dict[str, Any], options: arg
                 raise RunError(f"{name}: {key} names arguments of the model, got {reprlib.repr(value)}")
             setattr(options, key, value)
         elif isinstance(value, list) and (action.type is numbers or action.nargs):
-            setattr(options, key, _floats(value, action.nargs, f"{name}: {key}"))
+            count = action.nargs if isinstance(action.nargs, int) else None
+            setattr(options, key, _floats(value, count, f"{name}: {key}"))
         elif isinstance(value, (int, float, str)) and not isinstance(value, bool):
             tokens.append(f"{flag}={value}")
         else:

@@ -7,13 +7,13 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import timm
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import dispatch_clip_grad, distribute_bn
+from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
@@ -134,13 +134,13 @@ class Trainer:
             )
         except ValueError as error:
             raise RunError(f"--sched {options.sched}: {error}") from error
+        self.average: nn.Module | None = None  # of the weights
         if options.model_ema:
-            self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+            self.average = self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+        self.eval_model = model  # without DDP, whose forward would wait for the other processes
         if options.compile:
-            self.task.compile(dynamic=False)
-        self.eval_model = self.task.get_eval_model()  # before DDP, whose forward would wait for the other processes
-        if options.compile:
-            self.eval_model = FullBatches(self.eval_model, options.validation_batch_size or options.batch_size)
+            compiled = self.task.compile(dynamic=False)
+            self.eval_model = FullBatches(compiled, options.validation_batch_size or options.batch_size)
         if process.distributed:
             device_ids = [process.device.index] if process.device.type == "cuda" else None
             self.task.prepare_distributed(
@@ -353,7 +353,7 @@ class Trainer:
                     self.scheduler.step_update(self.updates)
             stops_now = saves_now = False
             if updates_now and self.batch < n_batches:
-                stops_now, saves_now = self.stop.maxima(self.stop.number, self._save_is_due())
+                stops_now, saves_now = map(bool, self.stop.maxima(self.stop.number, self._save_is_due()))
             if stops_now or saves_now or self.batch == n_batches or self.batch % check_interval == 0:
                 self._check_finite(unchecked)
                 status = f"loss {loss.item():.3f}, lr {self._lr():.1e}, {clock.pace()}"
@@ -370,8 +370,8 @@ class Trainer:
         pace = clock.pace()
         if process.distributed and options.dist_bn and first < n_batches:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
-            if task.has_ema():
-                distribute_bn(task.get_trainable_module(ema=True).module, process.world_size)
+            if self.average is not None:
+                distribute_bn(self.average, process.world_size)
         count = sum(process.gather(self.loss_count))
         return sum(process.gather(self.loss_sum.item())) / count if count else math.nan, pace
 
@@ -398,7 +398,7 @@ class Trainer:
         by_time = options.checkpoint_minutes and time.monotonic() - self.saved_at >= 60 * options.checkpoint_minutes
         return bool(by_steps or by_time)
 
-    def _save_and_stop(self) -> None:
+    def _save_and_stop(self) -> NoReturn:
         name = self.stop.agreed()
         if isinstance(self.train_loader, StreamLoader):
             raise Stopped(f"{name}: streamed data resume at epochs only, so epoch {self.epoch} is lost")
@@ -457,13 +457,13 @@ class Trainer:
     def _evaluate_epoch(self, train_loss: float) -> dict[str, float] | None:
         """The row of this epoch in the summary, or None if a signal came first."""
         models = {"eval_": self.eval_model}
-        if self.task.has_ema():
-            models["eval_ema_"] = self.task.get_eval_model(ema=True)
+        if self.average is not None:
+            models["eval_ema_"] = self.average
         metrics = {}
         for prefix, model in models.items():
             desc = "evaluating average" if "ema" in prefix else "evaluating"
             values = evaluate(model, self.val_loader, self.options, self.process, desc=desc, stop=self.stop)
-            if values is None:
+            if not values:
                 return None
             metrics[prefix] = values
         row = {"epoch": self.epoch, "train_loss": train_loss}
@@ -491,8 +491,9 @@ class Trainer:
 
     def _finish(self) -> None:
         """Evaluate the best checkpoint once more, in detail."""
-        model = self.task.get_eval_model(ema=True) if self.task.has_ema() else self.eval_model
-        weights = self.task.get_trainable_module(ema=True).module if self.task.has_ema() else self.model
+        model, weights = self.eval_model, self.model
+        if self.average is not None:
+            model, weights = self.average, unwrap_model(self.average)
         if self.process.primary:
             best = self.folder / (BEST if (self.folder / BEST).exists() else LAST)
             weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
@@ -502,6 +503,7 @@ class Trainer:
         for loader in (self.train_loader, self.val_loader):
             log_unreadable(loader, self.process)
         if self.process.primary:
+            assert self.best is not None  # of one epoch or more
             write_details(self.folder, details, self.class_names)
             _logger.info(
                 f"best epoch {self.best['epoch']}: top-1 {metrics['top1']:.2f} % ({np.trace(details.confusion)} of "

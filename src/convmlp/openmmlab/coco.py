@@ -40,7 +40,7 @@ TREE = """
 
 WITHOUT_VALIDATION = "to train without: --cfg-options val_dataloader=None val_cfg=None val_evaluator=None"
 NUMBER = (int, float)
-FIELDS = {
+FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "images": dict(id=(int, str), file_name=str, width=NUMBER, height=NUMBER),
     "categories": dict(id=(int, str), name=str),
     "annotations": dict(

@@ -195,12 +195,13 @@ def _classes(metas: Sequence[Mapping[str, Any]], number: int) -> tuple[list[str]
 
 def _colours(number: int) -> list[Colour]:
     """Colours that are easily told apart; each that comes after the first ones lies farthest from all before it."""
-    colours = [tuple(bytes.fromhex(code)) for code in FIRST_COLOURS.split()]
+    colours: list[Colour] = [(red, green, blue) for red, green, blue in map(bytes.fromhex, FIRST_COLOURS.split())]
     others = np.array([rgb for rgb in itertools.product(range(15, 256, 30), repeat=3) if 150 < sum(rgb) < 700])
     nearest = np.min([np.linalg.norm(others - colour, axis=1) for colour in colours], axis=0)
     while len(colours) < number:
         farthest = others[nearest.argmax()]
-        colours.append(tuple(farthest.tolist()))
+        red, green, blue = farthest.tolist()
+        colours.append((red, green, blue))
         nearest = np.minimum(nearest, np.linalg.norm(others - farthest, axis=1))
     return colours[:number]
 

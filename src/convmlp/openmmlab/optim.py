@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -18,7 +19,7 @@ class AutocastOptimWrapper(OptimWrapper):
         **kwargs: Arguments of mmengine's OptimWrapper.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.device_type = get_device()
 

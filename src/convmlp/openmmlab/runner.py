@@ -232,10 +232,10 @@ class CarefulRunner(Runner):
         on_main_process(write)
         if kwargs.get("save_optimizer", True):  # one of the best has none
             self.last_saved = file
-            self._remove_stop_file(file if meta.get("remove_later") else None)
+            self._remove_stop_file(file, file if meta.get("remove_later") else None)
 
-    def _remove_stop_file(self, new: Path | None) -> None:
+    def _remove_stop_file(self, saved: Path, new: Path | None) -> None:
         """The checkpoint of an earlier stop has served, once there is a later one."""
         old, self.stop_file = self.stop_file, new
-        if old and is_main_process() and old.resolve() != self.last_saved.resolve():
+        if old and is_main_process() and old.resolve() != saved.resolve():
             old.unlink(missing_ok=True)

@@ -81,12 +81,16 @@ def _without(loader: DataLoader, n: int) -> DataLoader:
     if n == 0:
         return loader
     rest = copy.copy(loader)
+    assert loader.batch_sampler is not None  # mmengine's runner makes batches of everything
     vars(rest)["batch_sampler"] = itertools.islice(loader.batch_sampler, n, None)  # by `=` DataLoader refuses it
     return rest
 
 
 class LateRemovalHook(CheckpointHook):
     """A CheckpointHook that removes an old checkpoint when the new one is safe, and not before."""
+
+    file_backend: Any
+    best_ckpt_path: Any
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
