@@ -22,7 +22,10 @@ def weights(tmp_path, monkeypatch):
     path = tmp_path / "hub" / "checkpoints" / "convmlp_s_imagenet.pth"
     path.parent.mkdir(parents=True)
     model = convmlp.convmlp_s()
-    state_dict = {key: torch.rand_like(value.float()).to(value.dtype) for key, value in model.state_dict().items()}
+    state_dict = {
+        key: value + 0.01 * torch.rand_like(value) if value.is_floating_point() else value + 1
+        for key, value in model.state_dict().items()
+    }
     torch.save(state_dict, path)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     return state_dict

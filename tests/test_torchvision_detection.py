@@ -77,7 +77,10 @@ def spread_scores(model):
 def weights(tmp_path):
     """A file of ConvMLP-S as published, with random values, BatchNorm's included."""
     model = convmlp.convmlp_s()
-    state_dict = {key: torch.rand_like(value.float()).to(value.dtype) for key, value in model.state_dict().items()}
+    state_dict = {
+        key: value + 0.01 * torch.rand_like(value) if value.is_floating_point() else value + 1
+        for key, value in model.state_dict().items()
+    }
     path = tmp_path / "hub" / "checkpoints" / "convmlp_s_imagenet.pth"
     path.parent.mkdir(parents=True)
     torch.save(state_dict, path)
