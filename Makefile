@@ -14,7 +14,7 @@ VENV = .venv
 INSTALLED = $(VENV)/.installed
 
 .PHONY: install quickstart quickstart-detection quickstart-segmentation ablation pictures
-.PHONY: test test-upstream fuzz survive lint format clean
+.PHONY: test test-slow coverage test-upstream fuzz survive lint format clean
 
 install: $(INSTALLED)
 
@@ -34,7 +34,7 @@ SCENES = output/scenes
 BACKBONE = output/quickstart_crops/confusion_matrix.png
 
 $(SCENES)/.complete: | $(INSTALLED)
-	$(VENV)/bin/python examples/digit_scenes.py $(SCENES)
+	$(VENV)/bin/python tools/digit_scenes.py $(SCENES)
 	@touch $@
 
 $(BACKBONE): $(SCENES)/.complete
@@ -51,25 +51,33 @@ quickstart-segmentation: $(INSTALLED) $(BACKBONE)
 	    --amp --overwrite --show-dir output/quickstart_fpn/pictures $(ARGS)
 
 ablation: $(INSTALLED)
-	$(VENV)/bin/python examples/ablation.py $(ARGS)
+	$(VENV)/bin/python tools/ablation.py $(ARGS)
 
 pictures: $(INSTALLED)
-	$(VENV)/bin/python examples/pictures.py $(ARGS)
+	$(VENV)/bin/python tools/pictures.py $(ARGS)
 
 # Two files at a time, each on one core; pytest's own options go last
+PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow $(ARGS)
+
+coverage: $(INSTALLED)
+	$(PYTEST) -m "slow or not slow" --cov --cov-report=term:skip-covered $(ARGS)
 
 fuzz: $(INSTALLED)
-	CONVMLP_FUZZ=long $(VENV)/bin/python -m pytest $(wildcard tests/test_fuzz*.py) $(ARGS)
+	CONVMLP_FUZZ=long $(VENV)/bin/python -m pytest -m "slow or not slow" -k fuzz $(ARGS)
 
 survive: $(INSTALLED)
-	$(VENV)/bin/python scripts/survive.py $(ARGS)
-	$(VENV)/bin/python scripts/survive.py --processes 2 $(ARGS)
+	$(VENV)/bin/python tools/survive.py $(ARGS)
+	$(VENV)/bin/python tools/survive.py --processes 2 $(ARGS)
 
 # Both families of packages bring the modules mmcv, mmengine, mmdet and mmseg: they need environments of their own.
 test-upstream: $(VENV)-upstream/.installed
-	$(VENV)-upstream/bin/python -m pytest $(wildcard tests/test_openmmlab_*.py) $(ARGS)
+	$(VENV)-upstream/bin/python -m pytest tests/openmmlab $(ARGS)
 
 $(VENV)-upstream/.installed: pyproject.toml setup.py
 	@test -x $(VENV)-upstream/bin/pip || $(PYTHON) -m venv $(VENV)-upstream
@@ -80,6 +88,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/codespell
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

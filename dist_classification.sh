@@ -7,4 +7,4 @@ if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 NUMBER_OF_PROCESSES -c CONFIG [options] DATA (got '$n' as the number)" >&2
     exit 2
 fi
-exec "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh" "$n" classification.py "${@:2}"
+exec "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh" "$n" classification.py "${@:2}"

@@ -8,4 +8,4 @@ if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then
     echo "usage: $0 CONFIG NUMBER_OF_PROCESSES [DATA] [options] (got '$n' as the number)" >&2
     exit 2
 fi
-exec "$(dirname "${BASH_SOURCE[0]}")/scripts/launch.sh" "$n" detection.py "$config" "${@:3}"
+exec "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh" "$n" detection.py "$config" "${@:3}"

@@ -3,7 +3,7 @@
 
 import sys
 
-from convmlp.segmentation import main
+from convmlp.cli import run_openmmlab
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_openmmlab("segmentation.py"))

@@ -6,7 +6,7 @@ from setuptools.command.build_py import build_py
 
 
 class BuildWithConfigs(build_py):
-    """Puts the configs into the package, where `convmlp.config_files` finds them."""
+    """Puts the configs into the package, where `convmlp.common.configs` finds them."""
 
     def run(self) -> None:
         super().run()

@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from convmlp.errors import RunError
+from convmlp.common.errors import RunError
 
 LONG = os.environ.get("CONVMLP_FUZZ") == "long"
 SECONDS = 60  # for one case

@@ -32,7 +32,7 @@ from convmlp.benchmark.turns import Contestant, Worker, WorkerFailed, prepare_al
 from convmlp.benchmark.variants import PEERS, PEERS_PUBLISHED, TRAINING, make_plan, published_top1
 from convmlp.classification.loading_speed import RECIPE, Loading
 from convmlp.classification.options import parse_options
-from convmlp.errors import RunError
+from convmlp.common.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 LIGHT = ["convmlp.benchmark.worker", "openvino"]  # it starts in a moment, for it imports no PyTorch

@@ -17,7 +17,7 @@ from convmlp.classification.loaders import EvalBatches, TrainBatches, make_loade
 from convmlp.classification.options import parse_options
 from convmlp.classification.process import Process
 from convmlp.classification.sources import DigitsSource, check_classes, open_source, relabel
-from convmlp.errors import RunError
+from convmlp.common.errors import RunError
 
 RECIPE = ["--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.5", "--mixup", "0.8", "--cutmix", "1"]
 CONFIG = dict(

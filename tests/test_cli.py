@@ -18,13 +18,13 @@ from sklearn.datasets import load_digits
 
 import convmlp.timm_models  # noqa: F401
 from convmlp import classification, cli
-from convmlp.classifier import Classifier, open_any, open_classifier
-from convmlp.errors import RunError
-from convmlp.export import export
-from convmlp.info import measure
-from convmlp.predict import Guess, draw, predict
-from convmlp.results import drawn_names
-from convmlp.visualize import activation_map, feature_figure, feature_maps, filter_figure, first_filters
+from convmlp.common.errors import RunError
+from convmlp.use.classifier import Classifier, open_any, open_classifier
+from convmlp.use.export import export
+from convmlp.use.info import measure
+from convmlp.use.predict import Guess, draw, predict
+from convmlp.use.results import drawn_names
+from convmlp.use.visualize import activation_map, feature_figure, feature_maps, filter_figure, first_filters
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ["one", "three", "two"]

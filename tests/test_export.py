@@ -20,10 +20,10 @@ from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
 
 import convmlp.timm_models  # noqa: F401
-from convmlp.classifier import Classifier, open_classifier
+from convmlp.common.errors import RunError
 from convmlp.deploy import fold_batchnorm
-from convmlp.errors import RunError
-from convmlp.export import SUFFIXES, Report, export
+from convmlp.use.classifier import Classifier, open_classifier
+from convmlp.use.export import SUFFIXES, Report, export
 
 TINY = dict(blocks=(1, 1, 1), dims=(16, 24, 192), mlp_ratios=(2, 2, 2), channels=8, n_conv_blocks=1)
 FILES = ("onnx", "torch-export", "torchscript")
@@ -363,7 +363,7 @@ def forget_batchnorm(model: nn.Module) -> nn.Module:
 
 @each_file
 def test_a_file_that_computes_something_else_is_not_written(format, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("convmlp.export.fold_batchnorm", forget_batchnorm)
+    monkeypatch.setattr("convmlp.use.export.fold_batchnorm", forget_batchnorm)
     with pytest.raises(RunError, match="the export differs from the model by .* of the largest logit"):
         export(tiny, tmp_path / "new" / "file", format, fold=True)
     assert inside(tmp_path) == ["new"]
@@ -391,7 +391,7 @@ def test_weights_too_large_for_half_are_refused(tmp_path):
 def test_a_refused_file_leaves_the_one_it_should_replace(tiny, tmp_path, monkeypatch):
     path = tmp_path / "tiny.pt"
     path.write_text("mine")
-    monkeypatch.setattr("convmlp.export.fold_batchnorm", forget_batchnorm)
+    monkeypatch.setattr("convmlp.use.export.fold_batchnorm", forget_batchnorm)
     with pytest.raises(RunError, match="differs"):
         export(tiny, path, "torchscript", fold=True, overwrite=True)
     assert path.read_text() == "mine"

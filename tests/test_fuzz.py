@@ -22,11 +22,11 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from convmlp import ConvMLP, cli
 from convmlp.classification.checkpoints import NEEDED_TO_RESUME, find_newest, read_training_checkpoint
 from convmlp.classification.options import build_parser, keywords, load_config, number_or_auto, numbers, parse_options
-from convmlp.classifier import open_classifier
-from convmlp.errors import CheckpointError, RunError
-from convmlp.pictures import UnreadablePicture, read_picture
-from convmlp.predict import classify
-from convmlp.zoo import load_pretrained
+from convmlp.common.errors import CheckpointError, RunError
+from convmlp.common.images import UnreadableImage, read_image
+from convmlp.use.classifier import open_classifier
+from convmlp.use.predict import classify
+from convmlp.weights import load_pretrained
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -648,9 +648,9 @@ def test_a_picture_is_read_or_refused(tmp_path_factory, form, mode, size, damage
         assume(False)
     if damages:
         file.write_bytes(damage(file.read_bytes(), damages))
-    picture = attempt("pictures", lambda: read_picture(file, wanted))
+    picture = attempt("pictures", lambda: read_image(file, wanted))
     if isinstance(picture, Exception):
-        assert isinstance(picture, UnreadablePicture) and str(file) in str(picture)
+        assert isinstance(picture, UnreadableImage) and str(file) in str(picture)
     else:
         assert picture.mode == wanted and min(picture.size) > 0
         assert np.asarray(picture).dtype == np.uint8
@@ -667,8 +667,8 @@ HEADS += [b"qoif", b"DDS ", b"\0\0\1\0", b"icns", b"8BPS\0\1", b"\0\0\0\x0cjP  "
 def test_any_bytes_are_a_picture_or_refused(tmp_path_factory, head, rest):
     file = tmp_path_factory.getbasetemp() / "fuzz.picture"
     file.write_bytes(head + rest)
-    picture = attempt("bytes as pictures", lambda: read_picture(file))
-    assert isinstance(picture, UnreadablePicture) or picture.mode == "RGB"
+    picture = attempt("bytes as pictures", lambda: read_image(file))
+    assert isinstance(picture, UnreadableImage) or picture.mode == "RGB"
 
 
 # The command
@@ -737,7 +737,7 @@ def test_a_call_ends_with_a_code_of_its_manual(tmp_path_factory, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("TORCH_HOME", str(place))
-        patch.setattr("convmlp.classifier.MIRRORS", ("nowhere:",))
+        patch.setattr("convmlp.use.classifier.MIRRORS", ("nowhere:",))
         for name in ("comparison.compare", "loading.compare_loading"):
             patch.setattr(f"convmlp.benchmark.{name}", measure_nothing)
         code, printed = attempt("calls", lambda: run(arguments))

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
-from convmlp.errors import RunError
+from convmlp.common.errors import RunError
 from convmlp.openmmlab import coco, labelmaps
 from convmlp.openmmlab.datasets import Request, replace_root
 

@@ -24,12 +24,13 @@ from test_pictures import png_of_claimed_size
 
 import convmlp
 from convmlp import classification, cli
+from convmlp.common.errors import CheckpointError
+from convmlp.common.images import UnreadableImage, open_image, read_image
 from convmlp.openmmlab import coco, labelmaps
 from convmlp.openmmlab.engine import main as openmmlab
 from convmlp.openmmlab.hooks import enlargement
-from convmlp.pictures import UnreadablePicture, open_picture, read_picture
-from convmlp.results import make_table
-from convmlp.zoo import CheckpointError, read_checkpoint
+from convmlp.use.results import make_table
+from convmlp.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTION = ROOT / "configs/detection/quickstart_retinanet.py"
@@ -501,21 +502,19 @@ def test_pictures_end_as_the_table_says(kind, column, outcomes, table):
 
 def test_exif_turns_pictures_for_prediction_alone(tmp_path):
     (tmp_path / "turned.jpg").write_bytes(KINDS["turned by EXIF"][1])
-    assert open_picture(tmp_path / "turned.jpg").size == (48, 24)
-    assert read_picture(tmp_path / "turned.jpg").size == (24, 48)
+    assert open_image(tmp_path / "turned.jpg").size == (48, 24)
+    assert read_image(tmp_path / "turned.jpg").size == (24, 48)
 
 
 @pytest.mark.parametrize("size", [(200, 2), (2, 200), (100, 1)])
 def test_a_long_picture_is_read_up_to_the_limit(size, tmp_path):
     path = tmp_path / "long.png"
     Image.new("L", size).save(path)
-    assert read_picture(path).size == size
+    assert read_image(path).size == size
     longer = tuple(side + (side > 2) for side in size)
     Image.new("L", longer).save(path)
-    with pytest.raises(
-        UnreadablePicture, match=f"{longer[0]}x{longer[1]} px, one side is more than 100 times the other"
-    ):
-        read_picture(path)
+    with pytest.raises(UnreadableImage, match=f"{longer[0]}x{longer[1]} px, one side is more than 100 times the other"):
+        read_image(path)
 
 
 def test_ghostscript_is_not_started(tmp_path, marker, monkeypatch):
@@ -524,8 +523,8 @@ def test_ghostscript_is_not_started(tmp_path, marker, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "gs_binary", str(tmp_path / "gs"))
     path = tmp_path / "photo.png"
     path.write_bytes(KINDS["EPS"][1])
-    for read in (read_picture, open_picture):
-        with pytest.raises(UnreadablePicture, match="EPS is not read"):
+    for read in (read_image, open_image):
+        with pytest.raises(UnreadableImage, match="EPS is not read"):
             read(path)
     assert not marker.exists()
     with pytest.raises(OSError), Image.open(path) as image:

@@ -11,8 +11,8 @@ from test_model import GOLDEN, WIDTHS, assert_matches_golden, golden_weights, im
 from torch import nn
 
 import convmlp
+from convmlp.common.errors import CheckpointError
 from convmlp.openmmlab import ConvMLPBackbone
-from convmlp.zoo import CheckpointError
 
 # isort: split
 # Only now can these be imported; they register the models

@@ -16,12 +16,11 @@ from mmengine.registry import DefaultScope
 from PIL import Image, ImageChops
 from pycocotools import mask as run_lengths
 
-from convmlp.classifier import create_by_name
-from convmlp.errors import RunError
+from convmlp.common.errors import CheckpointError, RunError
 from convmlp.openmmlab import inference
 from convmlp.openmmlab.drawing import draw
 from convmlp.openmmlab.inference import Detections, Segmentation, TrainedModel, open_model, predict, to_json
-from convmlp.zoo import CheckpointError
+from convmlp.timm_models import create_timm_model
 
 # isort: split
 # behind convmlp.openmmlab, which lets mmcv.ops be imported
@@ -286,7 +285,7 @@ def test_a_checkpoint_that_does_not_fill_the_model_is_named(edit, message, runs,
 
 def test_other_files_are_no_checkpoints(runs, tmp_path):
     config, _ = runs[RETINANET]
-    classifier = create_by_name("convmlp_s", num_classes=3)
+    classifier = create_timm_model("convmlp_s", num_classes=3)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
 
     class Trap:
@@ -579,7 +578,7 @@ def test_the_command_shows_a_table_with_boxes(runs, tmp_path):
 )
 def test_a_mistake_in_the_command_is_one_line(options, message, runs, tmp_path):
     picture(90, 60).save(tmp_path / "scene.png")
-    torch.save(create_by_name("convmlp_s", num_classes=3).state_dict(), tmp_path / "classifier.pth")
+    torch.save(create_timm_model("convmlp_s", num_classes=3).state_dict(), tmp_path / "classifier.pth")
     config, detector = runs[RETINANET]
     names = {"config": config, "detector": detector, "classifier": tmp_path / "classifier.pth"}
     names |= dict(zip(("fpn", "segmentor"), runs[FPN], strict=True))

@@ -32,10 +32,10 @@ from test_openmmlab_runs import (  # noqa: F401
 )
 
 import convmlp
+from convmlp.common.command import STOPPED
 from convmlp.openmmlab.checkpoints import find_checkpoints, read_run_checkpoint
 from convmlp.openmmlab.runner import CarefulRunner
 from convmlp.openmmlab.survival import Diverged, check_finite
-from convmlp.signals import STOPPED
 
 WORKERS = [f"{part}_dataloader.{key}" for part in ("train", "val") for key in ("num_workers=1", "persistent_workers=1")]
 

@@ -8,8 +8,8 @@ from timm import is_model
 
 import convmlp.timm_models  # noqa: F401
 from convmlp.classification.options import load_config, parse_options, stored_options
-from convmlp.config_files import list_configs
-from convmlp.errors import RunError
+from convmlp.common.configs import list_configs
+from convmlp.common.errors import RunError
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "classification"
 

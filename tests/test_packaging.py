@@ -13,8 +13,8 @@ from PIL import Image
 import convmlp
 from convmlp import cli
 from convmlp.classification.options import parse_options
-from convmlp.config_files import config_folder, find_config, list_configs
-from convmlp.errors import RunError
+from convmlp.common.configs import config_folder, find_config, list_configs
+from convmlp.common.errors import RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = [file for file in (ROOT / "configs").rglob("*") if file.suffix in (".py", ".yml")]
@@ -63,7 +63,7 @@ def test_the_source_archive_holds_what_the_checkout_does(archives):
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"Makefile", "CHANGELOG.md", "LICENSE", "README.md", "dist_classification.sh", "hubconf.py"} <= names
-    assert {"tests/test_packaging.py", "docs/training.md", "scripts/launch.sh", "examples/digit_scenes.py"} <= names
+    assert {"tests/test_packaging.py", "docs/training.md", "tools/launch.sh", "tools/digit_scenes.py"} <= names
 
 
 def test_an_installed_package_lists_and_copies_its_configs(installed, tmp_path):

@@ -26,10 +26,10 @@ from transformers import (
 import convmlp
 import convmlp.timm_models  # noqa: F401
 from convmlp import classification, cli
-from convmlp.classifier import Classifier, open_classifier
-from convmlp.export import export
-from convmlp.info import PUBLISHED
-from convmlp.model_card import CITATION, DATASETS, make_card
+from convmlp.use.card import CITATION, DATASETS, make_card
+from convmlp.use.classifier import Classifier, open_classifier
+from convmlp.use.export import export
+from convmlp.use.info import PUBLISHED
 from convmlp.zoo import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,7 +162,7 @@ def test_a_repository_of_the_hub_loads_by_its_name(folder, tiny, x, tmp_path):
     code = f"""
 import timm, torch
 import convmlp.timm_models
-from convmlp.classifier import open_classifier
+from convmlp.use.classifier import open_classifier
 from transformers import AutoModelForImageClassification
 models = [
     timm.create_model("hf-hub:somebody/tiny", pretrained=True),
@@ -220,7 +220,7 @@ def test_the_code_of_a_card_runs(folder, photo, tmp_path):
 def cache(tmp_path, monkeypatch) -> Path:
     """A torch.hub cache, and no mirror that can be reached."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    monkeypatch.setattr("convmlp.classifier.MIRRORS", ("http://127.0.0.1:9/",))
+    monkeypatch.setattr("convmlp.use.classifier.MIRRORS", ("http://127.0.0.1:9/",))
     folder = tmp_path / "torch" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder

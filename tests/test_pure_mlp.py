@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import convmlp.timm_models  # noqa: F401
 from convmlp import ConvMLP, convmlp_s
+from convmlp.common.errors import CheckpointError
 from convmlp.layers import ChannelMLPBlock, ConvMLPBlock
-from convmlp.zoo import PURE_MLP, PURE_MLPS, CheckpointError, fitting_variant, load_pretrained
+from convmlp.variations import PURE_MLP, PURE_MLPS
+from convmlp.weights import fitting_variant, load_pretrained
 
 TINY = dict(blocks=(1, 2, 1), dims=(8, 16, 24), mlp_ratios=(2, 3, 2), channels=4, n_conv_blocks=2, num_classes=5)
 SWITCHES = list(PURE_MLP)

@@ -15,9 +15,9 @@ import torch
 from convmlp.classification import main
 from convmlp.classification.checkpoints import find_newest, write_last
 from convmlp.classification.trainer import Trainer
-from convmlp.errors import RunError
-from convmlp.files import lock_folder
-from convmlp.signals import STOPPED
+from convmlp.common.command import STOPPED
+from convmlp.common.errors import RunError
+from convmlp.common.files import lock_folder
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--img-size", "32", "--batch-size", "8", "--epochs", "2", "--warmup-epochs", "0", "--workers", "1"]
@@ -249,7 +249,7 @@ def make_state():
     return make
 
 
-HOLD = "import sys, time; from pathlib import Path; from convmlp.files import lock_folder\n"
+HOLD = "import sys, time; from pathlib import Path; from convmlp.common.files import lock_folder\n"
 HOLD += "file = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 

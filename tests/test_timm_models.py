@@ -15,7 +15,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 import convmlp.timm_models  # noqa: F401  registers the models
 from convmlp import ConvMLP
-from convmlp.zoo import VARIANTS, CheckpointError
+from convmlp.common.errors import CheckpointError
+from convmlp.zoo import VARIANTS
 
 StateDict = dict[str, torch.Tensor]
 

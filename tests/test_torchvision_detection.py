@@ -11,7 +11,7 @@ from test_model import WIDTHS
 from torchvision.models.detection import RetinaNet
 
 import convmlp
-from convmlp.errors import CheckpointError
+from convmlp.common.errors import CheckpointError
 from convmlp.torchvision_detection import ConvMLPWithFPN, faster_rcnn, mask_rcnn, retinanet
 
 DETECTORS = (retinanet, faster_rcnn, mask_rcnn)

@@ -16,7 +16,7 @@ from convmlp import convmlp_m, convmlp_s
 from convmlp.classification import main
 from convmlp.classification.checkpoints import write_checkpoint
 from convmlp.classification.trainer import Trainer, _Clock
-from convmlp.errors import RunError
+from convmlp.common.errors import RunError
 
 pytestmark = pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated:FutureWarning")
 
@@ -389,7 +389,7 @@ def test_a_teacher_of_other_classes_needs_its_own_checkpoint(run):
 
 def test_published_tags_ask_for_their_own_file(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("convmlp.classifier.MIRRORS", ("http://127.0.0.1:9/",))
+    monkeypatch.setattr("convmlp.use.classifier.MIRRORS", ("http://127.0.0.1:9/",))
     code, err, _ = run("--model", "convmlp_s.in1k_ft_cifar10", "--pretrained")
     assert code == 2 and "convmlp_s_cifar10.pth" in err and "imagenet" not in err
     code, err, _ = run("--model", "convmlp_s.nope")

@@ -22,16 +22,9 @@ from safetensors.torch import save_file
 
 import convmlp
 from convmlp import ConvMLP
-from convmlp.zoo import (
-    VARIANTS,
-    CheckpointError,
-    adapt_state_dict,
-    checkpoint_urls,
-    expected_hash,
-    extract_state_dict,
-    load_pretrained,
-    read_checkpoint,
-)
+from convmlp.common.errors import CheckpointError
+from convmlp.weights import adapt_state_dict, expected_hash, extract_state_dict, load_pretrained, read_checkpoint
+from convmlp.zoo import VARIANTS, checkpoint_urls
 
 StateDict = dict[str, torch.Tensor]
 

@@ -1,10 +1,10 @@
 """What is installed, whether it works together, and what to type if not. `convmlp doctor`."""
 
+import argparse
 import importlib
 import logging
 import os
 import platform
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,21 +14,15 @@ from typing import NamedTuple
 
 from packaging.requirements import Requirement
 
+from .common.command import Verb
+from .common.errors import one_line
+from .common.packages import module_of
+
 PACKAGE = "convmlp"
 GROUPS = {
     "timm": "training classifiers",
     "tools": "predict, visualize, export",
     "openmmlab": "detection and segmentation",
-}
-MODULES = {
-    "pillow": "PIL",
-    "pyyaml": "yaml",
-    "scikit-learn": "sklearn",
-    "grad-cam": "pytorch_grad_cam",
-    "onedl-mmcv": "mmcv",
-    "onedl-mmengine": "mmengine",
-    "onedl-mmdetection": "mmdet",
-    "onedl-mmsegmentation": "mmseg",
 }
 # Packages that bring the same modules
 RIVALS = {
@@ -73,7 +67,7 @@ def _machine() -> list[Finding]:
     try:
         import torch
 
-        from .devices import resolve_amp_dtype
+        from .common.devices import resolve_amp_dtype
     except Exception as error:
         return [*findings, Finding("devices", BROKEN, f"PyTorch cannot be imported: {error}", "pip install torch")]
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -115,7 +109,7 @@ def _package(requirement: Requirement) -> Finding:
         return Finding(name, MISSING, "", mend)
     elif not requirement.specifier.contains(version, prereleases=True):
         return Finding(name, UNFIT, f"{version}, but {requirement.specifier} is needed", mend)
-    module = MODULES.get(requirement.name, requirement.name.replace("-", "_"))
+    module = module_of(requirement.name)
     if module in ("mmdet", "mmseg"):  # they need the operators, which are looked at next
         return Finding(name, GOOD, version)
 
@@ -143,8 +137,7 @@ def _try(subject: str, use: Callable[[], str], mend: str = "") -> Finding:
         try:
             return Finding(subject, GOOD, use())
         except Exception as error:  # whatever a broken installation raises
-            reason = re.sub(r"\s+", " ", f"{type(error).__name__}: {error}")[:160]
-            return Finding(subject, BROKEN, reason, mend)
+            return Finding(subject, BROKEN, one_line(f"{type(error).__name__}: {error}", 160), mend)
 
 
 def _use_torchvision() -> str:
@@ -182,3 +175,22 @@ def _weights() -> list[Finding]:
     if folder.exists() and not os.access(folder, os.W_OK):
         findings.append(Finding("cache", BROKEN, f"{folder} cannot be written", "export TORCH_HOME=..."))
     return findings
+
+
+def _run(options: argparse.Namespace) -> int:
+    healthy, missing = True, False
+    for title, findings in examine():
+        print(f"{title}")
+        for finding in findings:
+            mend = f"  ->  {finding.mend}" if finding.mend and finding.state != GOOD else ""
+            print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{mend}")
+            healthy &= finding.state != BROKEN
+            missing |= finding.state in (MISSING, UNFIT)
+    what_works = "what is missing is needed only for what its title says" if missing else "everything is there"
+    print(f"healthy: {what_works}" if healthy else "not healthy: see BROKEN above")
+    return 0 if healthy else 1
+
+
+VERB = Verb(
+    "doctor", "What is installed, whether it works, and the pip line for what is missing.", lambda parser: None, _run
+)

@@ -1,17 +1,25 @@
 """Registers the ConvMLP models with timm: `import convmlp.timm_models`, then `timm.create_model('convmlp_s')`."""
 
+import logging
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import timm
 import torch
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torchvision.datasets import Flowers102
 
+from .common.errors import CheckpointError, RunError, suggest
 from .model import ConvMLP
-from .zoo import PURE_MLPS, VARIANTS, adapt_state_dict, checkpoint_urls, extract_state_dict
+from .variations import PURE_MLPS
+from .weights import adapt_state_dict, download, extract_state_dict, list_other_types, load_pretrained, shorten
+from .zoo import MIRRORS, VARIANTS, checkpoint_urls
 
-__all__: list[str] = []
+_logger = logging.getLogger(__name__)
+
+SOURCES = ("local-dir:", "hf-hub:")
 
 # An nn.Module with what timm sets on its models and nn.Module does not declare: pretrained_cfg, num_classes, ...
 TimmModel = Any
@@ -164,3 +172,129 @@ def pure_mlp_m(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
 def pure_mlp_l(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
     """The Pure-MLP baseline of ConvMLP-L; there are no published weights."""
     return _create("pure_mlp_l", pretrained, **kwargs)
+
+
+# Any model of timm, by its name
+
+
+def has_fixed_size(name: str) -> bool:
+    """Whether a timm model is built for one image size."""
+    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
+    return bool(cfg and cfg.fixed_input_size)
+
+
+def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
+    """As many values as channels, if need be their mean."""
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
+
+
+def layer_names(name: str) -> tuple[str, str]:
+    """The names of a timm model's head and first convolution; of several heads the first."""
+    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
+    layers = (cfg.classifier or "", cfg.first_conv or "") if cfg else ("head", "")
+    head, first_conv = (layer if isinstance(layer, str) else layer[0] for layer in layers)
+    return head, first_conv
+
+
+def create_timm_model(
+    name: str, pretrained: bool = False, progress: bool = False, option: str = "--model", **settings: Any
+) -> TimmModel:
+    """timm's create_model with one-line errors; our published weights come from any of their mirrors.
+
+    Raises:
+        RunError: an unknown name, or settings that the model does not take.
+        CheckpointError: the published weights cannot be had.
+    """
+    check_name(option, name)
+    urls = [mirror + published_file(name) for mirror in MIRRORS] if pretrained and is_ours(name) else []
+    if pretrained and not urls and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
+        raise RunError(f"{option} {name}: there are no published weights of it, only a checkpoint of your own can do")
+    if urls:
+        download(urls, progress)
+    try:
+        model: TimmModel = timm.create_model(name, pretrained=pretrained and not urls, **settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # of models that are not ours, in a hundred files
+        _logger.debug("creating the model failed", exc_info=True)
+        raise RunError(f"{option} {name}: {' '.join(str(error).split())[:300]}") from error
+    if urls:
+        load_pretrained(model, urls)
+    return model
+
+
+def check_name(option: str, name: str) -> None:
+    """Make sure that timm knows a model, or offer the nearest one it knows."""
+    if name.startswith(SOURCES):
+        return
+    if not timm.is_model(name):
+        raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
+    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
+    if "." in name and name not in tags:
+        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
+
+
+def check_source(name: str, path: str) -> None:
+    """A checkpoint alone does not make anything be fetched from elsewhere."""
+    if name.startswith(SOURCES):
+        raise RunError(f"{path} says that its model is {name}, which lies elsewhere: --model {name} allows that")
+
+
+def is_ours(name: str) -> bool:
+    """Whether a timm name is of a published ConvMLP."""
+    return name.split(".")[0].removesuffix("_classification") in VARIANTS
+
+
+def published_file(name: str) -> str:
+    """The file name of a ConvMLP's published weights."""
+    url = timm.get_pretrained_cfg_value(name, "url")
+    assert isinstance(url, str)  # all of ours have one
+    return url.rpartition("/")[2]
+
+
+def load_weights(
+    model: TimmModel,
+    checkpoint: Any,
+    path: str,
+    use_ema: bool = True,
+    class_names: Sequence[str] | None = None,
+    new_head: bool = False,
+) -> None:
+    """Load a checkpoint that was read from `path`.
+
+    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
+    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    """
+    state_dict = extract_state_dict(checkpoint, use_ema, name=path)
+    about: Any = checkpoint if isinstance(checkpoint, dict) else {}
+    config, names = about.get("data_config"), about.get("class_names")
+    for key in ("mean", "std"):
+        values = config.get(key) if isinstance(config, Mapping) else None
+        if values and isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values):
+            model.pretrained_cfg = {**model.pretrained_cfg, key: values}
+
+    classifier = model.pretrained_cfg["classifier"]
+    weight = state_dict.get(f"{classifier}.weight")
+    if (
+        class_names is not None
+        and weight is not None
+        and weight.ndim > 0
+        and (len(weight) != len(class_names) or (isinstance(names, list) and names != list(class_names)))
+    ):
+        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
+        if len(weight) == len(class_names):
+            message = f"{path} knows other classes ({', '.join(map(str, names[:3]))}, ...) than the data has"
+        if not new_head:
+            raise RunError(message)
+        _logger.warning(f"{message}: the head starts afresh")
+        own = model.state_dict()
+        state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
+    if isinstance(model, ConvMLP):
+        state_dict = adapt_state_dict(state_dict, model, name=path)
+    other_types = list_other_types(state_dict, model.state_dict())
+    if other_types:
+        raise CheckpointError(f"{path} does not fit the model: {shorten(other_types)}")
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error

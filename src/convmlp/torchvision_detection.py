@@ -19,7 +19,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
 from . import zoo
-from .errors import suggest
+from .common.errors import suggest
 
 FPN_DIM = 256
 

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from ..errors import RunError
+from ..common.errors import RunError
 from .comparison import Row, Tell, spread
 from .turns import Contestant, prepare_all, take_turns
 from .variants import Plan

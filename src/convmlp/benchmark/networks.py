@@ -15,9 +15,9 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from .. import deploy
-from ..classifier import open_any
-from ..devices import autocast
-from ..info import measure as measure_cost
+from ..common.devices import autocast
+from ..use.classifier import open_any
+from ..use.info import measure as measure_cost
 from .variants import BASE_LINE
 from .worker import Calls
 

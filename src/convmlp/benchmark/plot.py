@@ -10,7 +10,7 @@ from matplotlib.text import Annotation, Text
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from matplotlib.transforms import Bbox
 
-from ..figures import new_figure, plain
+from ..common.figures import new_figure, plain
 from .comparison import Row
 from .variants import BASE_LINE, PUBLISHED_SIZE, is_ours
 

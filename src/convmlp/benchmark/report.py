@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import __version__
-from ..devices import count_cores
+from ..common.devices import count_cores
 from .comparison import Row, best_of
 from .variants import INFERENCE, TRAINING, Plan
 

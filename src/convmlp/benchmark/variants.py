@@ -9,10 +9,11 @@ from typing import Any
 import timm
 import torch
 
-from ..classifier import LARGEST, check_name, open_any
-from ..devices import choose_device, count_cores, resolve_amp_dtype
-from ..errors import RunError, suggest
-from ..info import OURS, PUBLISHED
+from ..common.devices import choose_device, count_cores, resolve_amp_dtype
+from ..common.errors import RunError, suggest
+from ..timm_models import check_name
+from ..use.classifier import LARGEST, open_any
+from ..use.info import OURS, PUBLISHED
 
 INFERENCE, TRAINING = "inference", "training"
 BASE_LINE = ("eager", "float32")

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import RunError
+from ..common.errors import RunError
 
 MEGABYTE = 2**20
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from ..errors import RunError
-from ..files import write_atomically
-from ..zoo import CheckpointError, read_checkpoint
+from ..common.errors import CheckpointError, RunError
+from ..common.files import write_atomically
+from ..weights import read_checkpoint
 
 _logger = logging.getLogger(__name__)
 

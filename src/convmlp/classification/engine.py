@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import yaml
 
-from ..classifier import check_source, load_weights
-from ..errors import RunError, complain
-from ..files import LOCK, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
-from ..signals import STOPPED, Stopped, lost_process
-from ..zoo import read_checkpoint
+from ..common.command import run
+from ..common.errors import RunError
+from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
+from ..timm_models import check_source, load_weights
+from ..weights import read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
 from .evaluation import Details, evaluate, log_unreadable, write_details
@@ -24,7 +23,7 @@ from .models import create_model, resolve_data_settings
 from .options import parse_options, stored_options
 from .process import Process, start_process
 from .sources import check_classes, open_source, relabel
-from .trainer import Diverged, ExternalLogs, Trainer
+from .trainer import ExternalLogs, Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -37,53 +36,29 @@ EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "va
 
 
 def main(argv: list[str] | None = None) -> int:
-    """classification.py.
-
-    Exit code 0, 2 for a mistake in the call or the data, 1 for a run that failed, 75 for one that was asked to stop by
-    SIGTERM, SIGINT or SIGUSR1 and goes on with --resume auto, 130 for one that was interrupted twice.
-    """
-    argv = sys.argv[1:] if argv is None else argv
+    """classification.py; the exit codes are those of `common.command.run`."""
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("convmlp").setLevel(logging.INFO)
-    try:
-        options = parse_options(argv)
-        if options.eval:
-            checkpoint = read_checkpoint(options.eval)
-            if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
-                settings = {key: value for key, value in checkpoint["args"].items() if key in EVALUATION_SETTINGS}
-                if not any(argument.split("=")[0] == "--model" for argument in argv):
-                    check_source(str(settings.get("model")), options.eval)
-                options = parse_options(argv, base=settings)
-        process = start_process(options.device)
-        if not process.primary:
-            logging.getLogger("convmlp").setLevel(logging.ERROR)
-        if options.eval:
-            evaluate_checkpoint(options, process, checkpoint)
-        else:
-            train(options, process)
-        return 0
-    except RunError as error:
-        complain(SCRIPT, f"error: {error}")
-        return 2
-    except Diverged as error:
-        complain(SCRIPT, str(error))
-        return 1
-    except Stopped as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            complain(SCRIPT, str(error))
-        return STOPPED
-    except RuntimeError as error:
-        lost = lost_process(error)
-        if not lost:
-            raise
-        complain(SCRIPT, f"{lost}; --resume auto goes on from the last checkpoint")
-        return 1
-    except KeyboardInterrupt:
-        complain(SCRIPT, "interrupted; --resume auto continues from the last checkpoint")
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    way_on = "; --resume auto continues from the last checkpoint"
+    return run(SCRIPT, lambda: _work(sys.argv[1:] if argv is None else argv), way_on=way_on)
+
+
+def _work(argv: list[str]) -> None:
+    options = parse_options(argv)
+    if options.eval:
+        checkpoint = read_checkpoint(options.eval)
+        if isinstance(checkpoint, dict) and isinstance(checkpoint.get("args"), dict):
+            settings = {key: value for key, value in checkpoint["args"].items() if key in EVALUATION_SETTINGS}
+            if not any(argument.split("=")[0] == "--model" for argument in argv):
+                check_source(str(settings.get("model")), options.eval)
+            options = parse_options(argv, base=settings)
+    process = start_process(options.device)
+    if not process.primary:
+        logging.getLogger("convmlp").setLevel(logging.ERROR)
+    if options.eval:
+        evaluate_checkpoint(options, process, checkpoint)
+    else:
+        train(options, process)
 
 
 def train(options: Namespace, process: Process) -> None:
@@ -97,7 +72,7 @@ def train(options: Namespace, process: Process) -> None:
     restarted = process.gather(process.primary and was_restarted(folder))[0]
     if restarted:
         options.resume, options.overwrite = "auto", False
-    lock = lock_folder(folder) if process.primary and (folder / LOCK).exists() else None
+    lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
     with process.first_on_machine():
         train_source, val_source = open_source(options, train=True), open_source(options, train=False)

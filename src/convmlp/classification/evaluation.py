@@ -12,10 +12,10 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
-from ..devices import autocast, resolve_amp_dtype
-from ..errors import RunError
-from ..pictures import to_image
-from ..signals import StopRequest
+from ..common.devices import autocast, resolve_amp_dtype
+from ..common.errors import RunError
+from ..common.images import to_image
+from ..common.signals import StopRequest
 from . import report
 from .loaders import Loader, StreamLoader
 from .process import Process

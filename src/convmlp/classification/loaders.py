@@ -20,10 +20,10 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..devices import count_cores
-from ..errors import RunError
-from ..pictures import UnreadablePicture, to_mode
-from ..signals import leave_signals_to_the_parent
+from ..common.devices import count_cores
+from ..common.errors import RunError
+from ..common.images import UnreadableImage, to_mode
+from ..common.signals import leave_signals_to_the_parent
 from .process import Process
 from .sources import Source, image_mode
 
@@ -148,7 +148,7 @@ class BatchDataset(Dataset):
                 i = (index + attempt) % len(self.source)
                 try:
                     image, target = self._read(i)
-                except UnreadablePicture as error:
+                except UnreadableImage as error:
                     unreadable.append(f"{self.source.name(i)} ({error})")
                     continue
                 except Exception as error:  # image decoders raise nearly anything on damaged input

@@ -12,10 +12,9 @@ from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
-from ..classifier import check_name, create_by_name, has_fixed_size, load_weights, per_channel
-from ..errors import RunError
-from ..timm_models import TimmModel
-from ..zoo import CheckpointError, read_checkpoint
+from ..common.errors import CheckpointError, RunError
+from ..timm_models import TimmModel, check_name, create_timm_model, has_fixed_size, load_weights, per_channel
+from ..weights import read_checkpoint
 from .loaders import create_mixup
 from .process import Process
 
@@ -45,7 +44,7 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
     pretrained = options.pretrained and not options.initial_checkpoint
     try:
         with process.first_on_machine():
-            model = create_by_name(options.model, pretrained, progress=process.primary, **settings)
+            model = create_timm_model(options.model, pretrained, progress=process.primary, **settings)
     except CheckpointError as error:
         raise RunError(f"{error}\nor start from random weights: --no-pretrained") from error
     if options.grad_checkpointing:

@@ -12,20 +12,16 @@ import re
 import reprlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from ..config_files import find_config
-from ..errors import RunError, suggest
+from ..common.command import Parser
+from ..common.configs import find_config
+from ..common.errors import RunError, suggest
 
 POSITIONAL = "data"
 NOT_STORED = {POSITIONAL, "config", "resume", "eval", "overwrite"}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(message)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -80,14 +76,14 @@ def _join_lists(argv: list[str]) -> list[str]:
     return joined[2:]
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The options with their defaults and help texts; `--help` of it is the manual."""
-    parser = _Parser(
+    parser = Parser(
         prog="classification.py",
         usage="%(prog)s [-c CONFIG] [options] DATA",
         description="Train or evaluate an image classifier. A config gives defaults, the command line overrides.",
         formatter_class=_HelpFormatter,
-        allow_abbrev=False,
+        surplus="there is one DATA folder, got another: {}",
     )
     add = parser.add_argument
     switch = argparse.BooleanOptionalAction
@@ -256,12 +252,7 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> argpar
     if given.config:
         options.config = str(find_config(given.config, "classification"))
         _apply(parser, load_config(Path(options.config)), options, options.config)
-    options, unknown = parser.parse_known_args(argv, options)
-    if unknown and not unknown[0].startswith("-"):
-        raise RunError(f"there is one DATA folder, got {options.data} and {unknown[0]}")
-    if unknown:
-        names = [name for action in parser._actions for name in action.option_strings]
-        raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
+    options = parser.parse(argv, options)
     options.data_dir = options.data or options.data_dir
     if options.amp is None:
         options.amp = not options.eval

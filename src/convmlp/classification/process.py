@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from timm.utils import init_distributed_device
 
-from ..devices import choose_device
-from ..errors import RunError
+from ..common.devices import choose_device
+from ..common.errors import RunError
 
 
 @dataclass(frozen=True)

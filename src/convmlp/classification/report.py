@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..figures import new_figure, plain, save_figure
-from ..files import write_atomically
+from ..common.figures import new_figure, plain, save_figure
+from ..common.files import write_atomically
 
 LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
 SHEET_COLUMNS = 8

@@ -14,8 +14,8 @@ from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
-from ..errors import RunError, suggest
-from ..pictures import EXTENSIONS, open_picture
+from ..common.errors import RunError, suggest
+from ..common.images import EXTENSIONS, open_image
 
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class ReaderSource:
     def load(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.reader[index][:2]
         with file:
-            return open_picture(file), int(target)
+            return open_image(file), int(target)
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index, absolute=True))

@@ -19,10 +19,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from tqdm import tqdm
 
 from .. import __version__
-from ..devices import autocast, resolve_amp_dtype
-from ..errors import RunError
-from ..signals import Stopped, StopRequest
-from ..zoo import extract_state_dict, read_checkpoint
+from ..common.devices import autocast, resolve_amp_dtype
+from ..common.errors import Diverged, RunError, Stopped
+from ..common.signals import StopRequest
+from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .checkpoints import BEST, LAST, write_checkpoint, write_last
 from .evaluation import Details, FullBatches, evaluate, log_unreadable, write_details
@@ -35,10 +35,6 @@ _logger = logging.getLogger(__name__)
 
 NONFINITE = "nonfinite.txt"
 MUST_AGREE_WITHIN_AN_EPOCH = ("batch_size", "grad_accum_steps", "seed", "dataset", "data_dir", "train_split")
-
-
-class Diverged(Exception):
-    """The loss or the weights are no longer finite."""
 
 
 class _Number(NamedTuple):

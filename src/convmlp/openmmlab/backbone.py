@@ -11,16 +11,10 @@ from mmengine.model import BaseModule
 from mmengine.registry import MODELS
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..errors import suggest
+from ..common.errors import CheckpointError, suggest
 from ..model import ConvMLP
-from ..zoo import (
-    VARIANTS,
-    CheckpointError,
-    adapt_state_dict,
-    checkpoint_urls,
-    extract_state_dict,
-    find_checkpoint,
-)
+from ..weights import adapt_state_dict, extract_state_dict, find_checkpoint
+from ..zoo import VARIANTS, checkpoint_urls
 from .checkpoints import read_run_checkpoint
 
 PUBLISHED = "imagenet"

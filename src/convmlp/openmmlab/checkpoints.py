@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from ..zoo import CheckpointError, read_checkpoint
+from ..common.errors import CheckpointError
+from ..weights import read_checkpoint
 
 
 def _statistic(owner: type, name: str) -> Callable:

@@ -14,7 +14,7 @@ from mmdet.registry import DATASETS
 from mmengine.config import Config
 from mmengine.logging import print_log
 
-from ..errors import RunError
+from ..common.errors import RunError
 from .datasets import (
     Request,
     class_table,

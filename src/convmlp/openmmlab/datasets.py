@@ -9,7 +9,7 @@ import mmcv
 from mmengine.config import Config, ConfigDict
 from PIL import Image
 
-from ..errors import RunError
+from ..common.errors import RunError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")

@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from pycocotools import mask as run_lengths
 
-from ..figures import picture_font
-from .hooks import enlargement
+from ..common.figures import picture_font
+from ..common.images import enlargement
 from .inference import SCORE_THRESHOLD, Colour, Detections, Segmentation, TrainedModel, listed, present
 
 

@@ -5,11 +5,11 @@ import importlib.util
 import os
 import re
 import shlex
-import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,15 @@ from mmengine.dist import init_dist
 from mmengine.logging import MMLogger
 from mmengine.utils.dl_utils import set_multi_processing
 
-from ..config_files import find_config
-from ..devices import resolve_amp_dtype
-from ..errors import RunError, complain, suggest
-from ..files import lock_folder, remove_leftovers, was_restarted
-from ..signals import STOPPED, Stopped, lost_process
+from ..common.configs import find_config
+from ..common.devices import resolve_amp_dtype
+from ..common.errors import RunError, suggest
+from ..common.files import lock_folder, remove_leftovers, was_restarted
 from .checkpoints import find_checkpoints, newest_readable
 from .datasets import Request, leaf_datasets, replace_root
-from .ops import MissingOperator
 from .options import parse_options
 from .runner import CarefulRunner
-from .survival import Diverged, on_main_process
+from .survival import on_main_process
 
 Prepare = Callable[[Config, Request], str]
 
@@ -45,26 +43,26 @@ RUNNER_KEYS = (
 OPTIONAL_OF_OPTIMIZERS = ("clip_grad", "paramwise_cfg")
 
 
-def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
-    """Run a script.
-
-    Exit code 0, 2 for a mistake in the call or the data, 1 for a run that diverged, 75 for one that was asked to stop
-    by SIGTERM, SIGINT or SIGUSR1 and goes on with --resume, 130 for one that was interrupted twice.
+def work(script: str, argv: list[str]) -> None:
+    """Do what a command line of detection.py or segmentation.py asks for.
 
     Args:
-        script: Its name, for messages.
-        prepare: Points the config at its data and checks it, see `coco.prepare` and `labelmaps.prepare`.
-        argv: The command line without the script's name.
+        script: The name of the script, for messages.
+        argv: The command line without it.
+
+    Raises:
+        RunError, Diverged, Stopped: see `common.command.run`, under which this runs.
     """
     warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")  # nothing here asks for it
-    held = ExitStack()
-    try:
-        options = parse_options(sys.argv[1:] if argv is None else argv, script)
+    with ExitStack() as held:
+        options = parse_options(argv, script)
         cfg = load_config(options)
         launcher = start_processes(options.launcher, cfg)
+        data = "labelmaps" if cfg.get("default_scope") == "mmseg" else "coco"
+        prepare = import_module(f".{data}", __package__).prepare
         cfg = on_main_process(lambda: adapt_to_data(cfg, options, prepare))
         if options.check_data:
-            return 0
+            return
         cfg.launcher = launcher
         adapt_to_machine(cfg, options.amp)
         cfg = on_main_process(lambda: choose_work(cfg, options, held))
@@ -72,31 +70,6 @@ def main(script: str, prepare: Prepare, argv: list[str] | None = None) -> int:
             build_runner(cfg).test()
         else:
             train(cfg, options, script)
-        return 0
-    except Diverged as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # all say the same
-            complain(script, str(error))
-        return 1
-    except (RunError, MissingOperator) as error:
-        complain(script, f"error: {error}")
-        return 2
-    except Stopped as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            complain(script, str(error))
-        return STOPPED
-    except RuntimeError as error:
-        lost = lost_process(error)
-        if not lost:
-            raise
-        complain(script, f"{lost}; --resume continues from the last checkpoint")
-        return 1
-    except KeyboardInterrupt:
-        complain(script, "interrupted; --resume continues from the last checkpoint")
-        return 130
-    finally:
-        held.close()
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def load_config(options: Namespace) -> Config:

@@ -1,6 +1,5 @@
 """Hooks for mmengine's Runner."""
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +12,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 
-SMALLEST_SIDE, LARGEST_DRAWN = 384, 4096  # pixels
-
-
-def enlargement(width: int, height: int) -> int:
-    """How many times as large a picture is drawn: names would cover a small one; a large or long one stays as it is."""
-    return min(math.ceil(SMALLEST_SIDE / min(width, height)), max(1, LARGEST_DRAWN // max(width, height)))
+from ..common.images import enlargement
 
 
 @HOOKS.register_module()

@@ -29,9 +29,9 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from PIL import Image
 from pycocotools import mask as run_lengths
 
-from ..devices import choose_device
-from ..errors import RunError
-from ..zoo import CheckpointError, extract_state_dict, find_checkpoint, list_differences, shorten
+from ..common.devices import choose_device
+from ..common.errors import CheckpointError, RunError
+from ..weights import extract_state_dict, find_checkpoint, list_differences, shorten
 from .checkpoints import read_run_checkpoint
 from .datasets import leaf_datasets, set_classes
 from .engine import read_config, replace_sync_bn

@@ -18,7 +18,7 @@ from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 from PIL import Image
 
-from ..errors import RunError
+from ..common.errors import RunError
 from .datasets import (
     IMAGE_SUFFIXES,
     Request,

@@ -21,6 +21,8 @@ import torch
 from mmengine.logging import print_log
 from torchvision import ops
 
+from ..common.errors import RunError
+
 NAME = "mmcv._ext"
 COMPILED = (
     "an mmcv with compiled operators: a wheel of OpenMMLab for your PyTorch (mim install mmcv), or a build from source"
@@ -29,7 +31,7 @@ SOFT_NMS_METHODS = ("naive", "linear", "gaussian")
 TORCHVISION_TYPES = (torch.float32, torch.float64)
 
 
-class MissingOperator(NotImplementedError):
+class MissingOperator(RunError, NotImplementedError):
     """A model calls one of mmcv's operators that torchvision does not have."""
 
 

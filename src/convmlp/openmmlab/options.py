@@ -2,19 +2,15 @@
 
 import argparse
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mmengine.config import DictAction
 
-from ..config_files import find_config
-from ..errors import RunError, suggest
+from ..common.command import Parser
+from ..common.configs import find_config
+from ..common.errors import RunError
 
 LAUNCHERS = ("auto", "none", "pytorch", "slurm", "mpi")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RunError(message)
 
 
 class _ConfigValues(DictAction):
@@ -29,13 +25,13 @@ class _ConfigValues(DictAction):
         super().__call__(parser, namespace, values, option_string)
 
 
-def build_parser(script: str) -> argparse.ArgumentParser:
+def build_parser(script: str) -> Parser:
     """The options with their help texts; `--help` of it is the manual."""
-    parser = _Parser(
+    parser = Parser(
         prog=script,
         usage="%(prog)s CONFIG [DATA] [options]",
         description="Train a model of mmdet or mmseg with a ConvMLP backbone, or test it.",
-        allow_abbrev=False,
+        surplus="there is one DATA folder, behind the config; got another: {}",
     )
     add = parser.add_argument
     add("config", metavar="CONFIG", help="a config file, or the name of one of `convmlp configs`")
@@ -87,13 +83,9 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
         RunError: an unknown option (the nearest is offered), a bad value, or options that exclude each other.
     """
     parser = build_parser(script)
-    options, unknown = parser.parse_known_args(argv)
-    if unknown and not unknown[0].startswith("-"):
-        raise RunError(f"there is one DATA folder, got {options.data} and {unknown[0]}; it stands behind the config")
-    if unknown:
-        names = [name for action in parser._actions for name in action.option_strings]
-        raise RunError(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
-    options.config = str(find_config(options.config, Path(script).stem))
+    options = parser.parse(argv)
+    task = Path(script).stem if script in ("detection.py", "segmentation.py") else ""
+    options.config = str(find_config(options.config, task))
     if options.resume and Path(options.resume).is_dir():
         raise RunError(f"--resume takes a file, got the folder {options.resume}; DATA stands behind the config")
     for name in ("test", "resume"):

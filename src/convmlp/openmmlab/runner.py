@@ -13,13 +13,12 @@ from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from ..errors import RunError
-from ..files import write_atomically
-from ..signals import Stopped, StopRequest
-from ..zoo import CheckpointError, extract_state_dict, list_differences, shorten
+from ..common.errors import CheckpointError, Diverged, RunError, Stopped
+from ..common.files import write_atomically
+from ..common.signals import StopRequest
+from ..weights import extract_state_dict, list_differences, shorten
 from .checkpoints import read_run_checkpoint
 from .survival import (
-    Diverged,
     LateRemovalHook,
     ResumableEpochLoop,
     StopHook,

@@ -14,15 +14,11 @@ from mmengine.hooks import CheckpointHook, EMAHook, Hook
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch.utils.data import DataLoader
 
-from ..errors import RunError
-from ..signals import leave_signals_to_the_parent
+from ..common.errors import Diverged, RunError
+from ..common.signals import leave_signals_to_the_parent
 
 NONFINITE = "nonfinite_batch.txt"
 T = TypeVar("T")
-
-
-class Diverged(RunError):
-    """The loss, the gradients or the weights are no longer finite."""
 
 
 def on_main_process(work: Callable[[], T]) -> T:

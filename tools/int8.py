@@ -1,4 +1,4 @@
-"""What int8 makes of ConvMLP's speed and size on a CPU, beside convmlp.deploy.prepare: python examples/int8.py [MODEL]
+"""What int8 makes of ConvMLP's speed and size on a CPU, beside convmlp.deploy.prepare: python tools/int8.py [MODEL]
 
 Needs torchao and a C++ compiler. Every form takes its turn on one core; times are of the processor, so that other work
 on the machine matters less. Three minutes. The weights are random, and so are the pictures that calibrate.

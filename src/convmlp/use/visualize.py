@@ -1,7 +1,7 @@
 """What models see: feature maps, class activation maps and first filters, as figures. `convmlp visualize`.
 
-from convmlp.classifier import open_classifier
-from convmlp.visualize import feature_figure
+from convmlp.use.classifier import open_classifier
+from convmlp.use.visualize import feature_figure
 
 figure = feature_figure(image, [open_classifier("convmlp_s"), open_classifier("resnet50")])
 figure.savefig("features.png")
@@ -18,10 +18,11 @@ from matplotlib.figure import Figure, SubFigure
 from PIL import Image
 from torch import nn
 
-from .classifier import Classifier, layer_names
-from .errors import RunError, suggest
-from .figures import new_figure, plain
-from .pictures import to_image
+from ..common.errors import RunError, suggest
+from ..common.figures import new_figure, plain
+from ..common.images import to_image
+from ..timm_models import layer_names
+from .classifier import Classifier
 from .predict import classify
 
 MAP_ROWS, MAP_COLUMNS = 3, 4

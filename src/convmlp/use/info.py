@@ -9,7 +9,8 @@ from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .zoo import PURE_MLPS, VARIANTS
+from ..variations import PURE_MLPS
+from ..zoo import VARIANTS
 
 OURS = (*VARIANTS, *PURE_MLPS)
 

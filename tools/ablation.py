@@ -1,7 +1,7 @@
 """Take ConvMLP apart: train the four steps from Pure-MLP to ConvMLP-S on handwritten digits, side by side.
 
     pip install '.[tools]'
-    python examples/ablation.py [--seeds 0 1 2] [--output output/ablation] [option of classification.py ...]
+    python tools/ablation.py [--seeds 0 1 2] [--output output/ablation] [option of classification.py ...]
 
 Each step adds one kind of convolution, in the order of the paper, and is trained with
 configs/classification/quickstart.yml once a seed. OUTPUT/ablation.md and ablation.png compare what the last epochs
@@ -21,10 +21,10 @@ import timm
 from matplotlib.ticker import MaxNLocator
 
 import convmlp.timm_models  # noqa: F401
-from convmlp.errors import RunError
-from convmlp.figures import new_figure, save_figure
-from convmlp.files import make_folder, write_atomically
-from convmlp.info import grouped, measure
+from convmlp.common.errors import RunError
+from convmlp.common.figures import new_figure, save_figure
+from convmlp.common.files import make_folder, write_atomically
+from convmlp.use.info import grouped, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = {

@@ -1,11 +1,11 @@
-"""Make the pictures of README and docs: python examples/pictures.py [--out docs/pictures] [--work output/pictures]
+"""Make the pictures of README and docs: python tools/pictures.py [--out docs/pictures] [--work output/pictures]
 
     architecture.png   what ConvMLP-S is made of, its numbers from the model itself
     accuracy.png       published accuracy against parameters and multiply-adds, beside peers
     features.jpg       feature maps of ConvMLP-S and Pure-MLP-S of one photograph
     cam.jpg            where ConvMLP-S looks for four of its classes, in four photographs put together
     curves.png         learning curves of `make quickstart`, if it has run
-    ablation.png       what examples/ablation.py found, if it has run
+    ablation.png       what tools/ablation.py found, if it has run
 
 For the third and fourth, both models learn on crops of ten photographs which photograph a crop is of (ten minutes on
 two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors. Those shown: cat
@@ -29,10 +29,10 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from convmlp import convmlp_s
-from convmlp.classifier import open_any
-from convmlp.figures import new_figure, save_figure
-from convmlp.info import PUBLISHED, measure
-from convmlp.visualize import cam_figure, feature_figure
+from convmlp.common.figures import new_figure, save_figure
+from convmlp.use.classifier import open_any
+from convmlp.use.info import PUBLISHED, measure
+from convmlp.use.visualize import cam_figure, feature_figure
 from convmlp.zoo import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill a training run again and again, and see whether it ends as one that was left alone.
 
-    python scripts/survive.py [--kills 20] [--processes 2] [--seed 0]
+    python tools/survive.py [--kills 20] [--processes 2] [--seed 0]
 
 Both runs train ConvMLP-S on scikit-learn's digits, with RandAugment, mixup, cutmix, random erasing, dropout, averaged
 weights and loading processes. One is ended by SIGKILL, all its processes at once: at random times, while a checkpoint

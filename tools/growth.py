@@ -1,4 +1,4 @@
-"""How the cost of ConvMLP grows with the size of the picture and the batch: python examples/growth.py [--out FILE]
+"""How the cost of ConvMLP grows with the size of the picture and the batch: python tools/growth.py [--out FILE]
 
 Runs `convmlp benchmark` for each size, and draws docs/pictures/growth.png; arguments after -- go to the benchmark. Ten
 minutes on two cores.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from convmlp.figures import new_figure, save_figure
+from convmlp.common.figures import new_figure, save_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "convmlp_s"

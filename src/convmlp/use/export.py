@@ -23,11 +23,11 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from ..common.errors import RunError, suggest
+from ..common.files import check_writable, make_folder, write_atomically
+from ..deploy import fold_batchnorm
+from .card import make_card
 from .classifier import Classifier, numbered_names
-from .deploy import fold_batchnorm
-from .errors import RunError, suggest
-from .files import check_writable, make_folder, write_atomically
-from .model_card import make_card
 
 _logger = logging.getLogger(__name__)
 

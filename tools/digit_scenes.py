@@ -1,7 +1,7 @@
 """Make small sets of real pictures to try detection, segmentation and classification on, without a download.
 
     pip install scikit-learn scikit-image
-    python examples/digit_scenes.py OUT
+    python tools/digit_scenes.py OUT
 
 Handwritten digits (scikit-learn's, 8x8 pixels) are enlarged and pasted, bright, on darkened pieces of the photographs
 that scikit-learn and scikit-image ship. 360 of the 1797 digits and three of the photographs are for validation alone.

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..model import ConvMLP
 from .classifier import Classifier, numbered_names
 from .info import PUBLISHED, grouped, measure
-from .model import ConvMLP
 
 PAPER = "https://arxiv.org/abs/2109.04454"
 CITATION = """\

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from .signals import STOPPED
+from .command import STOPPED
 
 if __name__ == "__main__":
     # Else processes that are started again find the addresses of their predecessors (pytorch issue 135712)

@@ -1,23 +1,21 @@
-"""Writing files so that nobody ever finds half of one."""
+"""Files that are written whole or not at all, and folders that belong to one run."""
 
-import logging
 import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+
+from filelock import FileLock, Timeout
 
 from .errors import RunError
 
-_logger = logging.getLogger(__name__)
-
-LOCK = ".lock"
+LOCK, HOLDER = ".lock", ".holder"
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place; a failure leaves `path` as it was.
 
-    A link stays, and what it points to is replaced. What is no file, such as a pipe, is written into.
+    Follows symlinks; writes directly into what is not a regular file, such as a pipe.
     """
     path = path.resolve() if path.is_symlink() else path
     if path.exists() and not path.is_file():
@@ -26,18 +24,23 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
         write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        _flush(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":  # Windows opens no folders
+            _flush(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+
+
+def _flush(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def check_writable(path: Path) -> None:
@@ -63,39 +66,38 @@ def make_folder(folder: Path) -> None:
         raise RunError(f"cannot write into the output folder {folder}: {error.strerror}") from error
 
 
-def lock_folder(folder: Path) -> TextIO:
-    """Keep other runs out of a folder until the returned file is closed, or this process ends in whatever way.
+def lock_folder(folder: Path) -> FileLock:
+    """Keep other runs out of a folder until the returned lock is released, or this process ends in whatever way.
 
-    The file names the process that holds the folder. It stays there, which means nothing.
+    Beside the lock a file names the process that holds it. Both files are left behind; only the lock on the first
+    counts.
 
     Raises:
         RunError: another process holds the folder.
     """
     make_folder(folder)
-    file = open(folder / LOCK, "a+")
-    if os.name != "posix":
-        return file
-    import fcntl
-
+    lock = FileLock(folder / LOCK)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:  # POSIX leaves open which
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        file.close()
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        holder = _read_holder(folder) or "another process"
         raise RunError(f"{folder} is in use by {holder}; two runs cannot write into one folder") from error
     except OSError as error:
-        _logger.warning(f"{folder} cannot be locked ({error.strerror}): make sure that no other run writes there")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}{_launch()}")
-    file.flush()
-    return file
+        raise RunError(f"cannot lock {folder}: {error.strerror or error}") from error
+    holder = f"process {os.getpid()} on {socket.gethostname()}{_launch()}"
+    write_atomically(folder / HOLDER, lambda temporary: temporary.write_text(holder))
+    return lock
 
 
 def was_restarted(folder: Path) -> bool:
     """Whether torchrun started this process again (--max-restarts) after an attempt that had locked this folder."""
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return restarts > 0 and (folder / LOCK).exists() and (folder / LOCK).read_text().endswith(_launch())
+    return restarts > 0 and (folder / HOLDER).is_file() and _read_holder(folder).endswith(_launch())
+
+
+def _read_holder(folder: Path) -> str:
+    path = folder / HOLDER
+    return path.read_text().strip() if path.is_file() else ""
 
 
 def _launch() -> str:

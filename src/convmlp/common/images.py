@@ -1,6 +1,7 @@
 """Pictures from files: which ones a path names, and every kind of them as plain RGB or grey."""
 
 import glob
+import math
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,14 +17,17 @@ from .errors import RunError
 # would have 4 GB at 30000x2
 LONGEST = 100
 
+# Pixels: names drawn into a smaller image would cover it, and a larger one is not enlarged beyond
+SMALLEST_DRAWN, LARGEST_DRAWN = 384, 4096
+
 EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 
 
-class UnreadablePicture(RunError):
+class UnreadableImage(RunError):
     """A file that is no picture, or a damaged one; the message names it."""
 
 
-def find_pictures(place: str | Path) -> list[Path]:
+def find_images(place: str | Path) -> list[Path]:
     """The file, the pictures in the folder and its subfolders, or what a pattern such as 'photos/*.jpg' matches.
 
     Raises:
@@ -46,39 +50,39 @@ def find_pictures(place: str | Path) -> list[Path]:
     return found
 
 
-def read_picture(path: str | Path, mode: str = "RGB") -> Image.Image:
+def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
     """A picture of any format that Pillow reads, upright by its EXIF tag; of an animation the first frame.
 
     Raises:
-        UnreadablePicture: it is missing, no picture, damaged, EPS, too large to be an honest one, or too long.
+        UnreadableImage: it is missing, no picture, damaged, EPS, too large to be an honest one, or too long.
     """
     try:
-        return to_mode(open_picture(path, upright=True), mode)
+        return to_mode(open_image(path, upright=True), mode)
     except Exception as error:  # of modes that Pillow cannot convert, besides what is said above
-        raise UnreadablePicture(f"{path}: {error}") from error
+        raise UnreadableImage(f"{path}: {error}") from error
 
 
-def open_picture(file: str | Path | IO[bytes], upright: bool = False) -> Image.Image:
+def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Image:
     """A picture as it is in a file, or turned by its EXIF tag; of an animation the first frame.
 
     Raises:
-        UnreadablePicture: for the reasons that `read_picture` has; the message is the reason alone.
+        UnreadableImage: for the reasons that `read_image` has; the message is the reason alone.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd EXIF entries, and of pictures that are merely large
             with Image.open(file) as image:
                 if image.format == "EPS":
-                    raise UnreadablePicture("EPS is not read: it is a program, which Ghostscript would run")
+                    raise UnreadableImage("EPS is not read: it is a program, which Ghostscript would run")
                 image.load()
                 return ImageOps.exif_transpose(image) if upright else image
-    except UnreadablePicture:
+    except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their formats provoke
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not a picture" if _has_content(file) else "an empty file"
-        raise UnreadablePicture(reason) from error
+        raise UnreadableImage(reason) from error
 
 
 def _has_content(file: str | Path | IO[bytes]) -> bool:
@@ -93,11 +97,11 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     Floating point values and long integers count up to 1, 255 or 65535, the first that is enough.
 
     Raises:
-        UnreadablePicture: one side is more than `LONGEST` times the other; no resized copy of it would fit in memory.
+        UnreadableImage: one side is more than `LONGEST` times the other; no resized copy of it would fit in memory.
     """
     if max(image.size) > LONGEST * min(image.size):
         size = f"{image.width}x{image.height} px"
-        raise UnreadablePicture(f"{size}, one side is more than {LONGEST} times the other")
+        raise UnreadableImage(f"{size}, one side is more than {LONGEST} times the other")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
     elif image.mode in ("I", "F"):  # which Pillow would clip instead of scale
@@ -118,3 +122,8 @@ def to_image(tensor: Any, mean: Sequence[float], std: Sequence[float]) -> np.nda
     """A normalised image tensor, (c, h, w), back to uint8 (h, w, c)."""
     image = tensor.detach().float().cpu().numpy().transpose(1, 2, 0)
     return np.clip(np.round((image * np.asarray(std) + np.asarray(mean)) * 255), 0, 255).astype(np.uint8)
+
+
+def enlargement(width: int, height: int) -> int:
+    """How many times as large an image is drawn, so that names do not cover it; a large or long one stays as it is."""
+    return min(math.ceil(SMALLEST_DRAWN / min(width, height)), max(1, LARGEST_DRAWN // max(width, height)))

@@ -1,22 +1,24 @@
 """The configs that come with the package, by path or by name."""
 
+import argparse
 import shutil
 from pathlib import Path
 
+from .command import Verb
 from .errors import RunError, suggest
 
 
 def config_folder() -> Path:
     """Holds classification/, detection/ and segmentation/: in the installed package, else at the root of a checkout."""
-    installed = Path(__file__).parent / "configs"
-    return installed if installed.is_dir() else Path(__file__).resolve().parents[2] / "configs"
+    installed = Path(__file__).parents[1] / "configs"
+    return installed if installed.is_dir() else Path(__file__).resolve().parents[3] / "configs"
 
 
 def list_configs(task: str = "") -> list[Path]:
     """The configs to run, relative to their folder; of one `task`, or all. Those that others are based on stay out."""
     folder = config_folder()
     files = sorted(file.relative_to(folder) for kind in ("py", "yml") for file in (folder / task).rglob(f"*.{kind}"))
-    return [file for file in files if "_base_" not in file.parts and file.name != "metafile.yml"]
+    return [file for file in files if "_base_" not in file.parts]
 
 
 def find_config(name: str, task: str = "") -> Path:
@@ -67,3 +69,20 @@ def copy_configs(destination: Path) -> int:
     except OSError as error:
         raise RunError(f"cannot write {destination}: {error.strerror or error}") from error
     return sum(file.is_file() for file in destination.rglob("*"))
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--copy", metavar="DIR", help="into this new folder")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.copy is not None:
+        print(f"{copy_configs(Path(options.copy))} files copied to {options.copy}")
+        return
+    configs = list_configs()
+    width = max(len(str(config)) for config in configs)
+    for config in configs:
+        print(f"{config!s:{width}}  {title(config)}")
+
+
+VERB = Verb("configs", "List the configs that come with the package, or copy them to change them.", _add_options, _run)

@@ -1,7 +1,7 @@
 """Classes of pictures: `convmlp predict`.
 
-from convmlp.classifier import open_classifier
-from convmlp.predict import predict
+from convmlp.use.classifier import open_classifier
+from convmlp.use.predict import predict
 
 predictions, unreadable = predict(["cat.jpg"], open_classifier("convmlp_s"))
 print(predictions[0].best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from ..common.errors import RunError
+from ..common.figures import picture_font
+from ..common.images import UnreadableImage, read_image
 from .classifier import Classifier
-from .errors import RunError
-from .figures import picture_font
-from .pictures import UnreadablePicture, read_picture
 
 SMALLEST_DRAWN, LARGEST_DRAWN = 384, 1280  # pixels; labels would cover a small picture
 SMALLEST_SEEN = 32
@@ -52,7 +52,7 @@ def predict(
     topk: int = TOPK,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
-) -> tuple[list[Prediction], list[UnreadablePicture]]:
+) -> tuple[list[Prediction], list[UnreadableImage]]:
     """Classify pictures as evaluation would: resized, cropped and normalised in the way of the classifier.
 
     Args:
@@ -66,15 +66,15 @@ def predict(
         What was found, in the order of `paths`, and what could not be read.
     """
     predictions: list[Prediction] = []
-    unreadable: list[UnreadablePicture] = []
+    unreadable: list[UnreadableImage] = []
     bar = tqdm(total=len(paths), unit="picture", leave=False, disable=None if progress and len(paths) > 1 else True)
     with bar:
         for names in _batches(paths, batch_size):
             images = []
             for name in names:
                 try:
-                    images.append((Path(name), read_picture(name, classifier.image_mode)))
-                except UnreadablePicture as error:
+                    images.append((Path(name), read_image(name, classifier.image_mode)))
+                except UnreadableImage as error:
                     unreadable.append(error)
             if images:
                 probabilities = classify([image for _, image in images], classifier)

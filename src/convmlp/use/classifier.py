@@ -14,31 +14,29 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
-from .devices import choose_device
-from .errors import RunError, suggest
-from .model import ConvMLP
-from .pictures import to_mode
-from .timm_models import TimmModel  # and our models are registered with timm
-from .zoo import (
-    MIRRORS,
-    VARIANTS,
-    CheckpointError,
-    adapt_state_dict,
-    download,
-    extract_state_dict,
-    find_checkpoint,
-    fitting_variant,
-    list_other_types,
-    load_pretrained,
-    read_checkpoint,
-    shorten,
+from ..common.devices import choose_device
+from ..common.errors import CheckpointError, RunError
+from ..common.images import to_mode
+from ..model import ConvMLP
+from ..timm_models import (  # and our models are registered with timm
+    SOURCES,
+    TimmModel,
+    check_name,
+    check_source,
+    create_timm_model,
+    has_fixed_size,
+    layer_names,
+    load_weights,
+    per_channel,
+    published_file,
 )
+from ..weights import extract_state_dict, find_checkpoint, fitting_variant, read_checkpoint
+from ..zoo import VARIANTS
 
 _logger = logging.getLogger(__name__)
 
 CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
 LARGEST = 16384  # pixels on a side of what a model sees
-SOURCES = ("local-dir:", "hf-hub:")
 
 
 @dataclass
@@ -112,7 +110,7 @@ def open_classifier(
         name = model or "convmlp_s"
         check_name("--model", name)
         settings: dict[str, Any] = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
-        network = create_by_name(name, pretrained, **settings)
+        network = create_timm_model(name, pretrained, **settings)
         about: Mapping[str, Any] = {}
         title = name if pretrained else f"{name} (random weights)"
         if not pretrained:
@@ -180,7 +178,7 @@ def _load(model: str | None, checkpoint: str) -> tuple[str, TimmModel, Mapping[s
     conv_chans = first_conv.shape[1:2] if first_conv is not None and first_conv.ndim == 4 else ()
     in_chans = args.get("in_chans") or (conv_chans[0] if conv_chans else 3)
     settings |= dict(num_classes=len(head), in_chans=in_chans)
-    network = create_by_name(name, **settings, **(args.get("model_kwargs") or {}))
+    network = create_timm_model(name, **settings, **(args.get("model_kwargs") or {}))
     channels = {in_chans, *(conv_chans if isinstance(network, ConvMLP) else ())}
     channels |= {about["data_config"]["input_size"][0]} if about else set()
     if len(channels) > 1:
@@ -229,12 +227,6 @@ def _hub_folder(checkpoint: str | None) -> Path | None:
     return folder if (folder / "config.json").is_file() and path.exists() else None
 
 
-def has_fixed_size(name: str) -> bool:
-    """Whether a timm model is built for one image size."""
-    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
-    return bool(cfg and cfg.fixed_input_size)
-
-
 def _published_name(source: str, weights: Mapping[str, torch.Tensor]) -> str | None:
     """The timm name of a published file, which says how it was normalised: convmlp_s_cifar10.pth has its own way."""
     names = [name for variant in VARIANTS for name in timm.list_pretrained(f"{variant}.*")]
@@ -250,19 +242,6 @@ def _data_config(network: TimmModel) -> dict[str, Any]:
     config = resolve_data_config({}, model=network)
     statistics = {key: per_channel(config[key], chans) for key in ("mean", "std")}
     return {**config, **statistics, "input_size": (chans, *config["input_size"][1:])}
-
-
-def per_channel(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """As many values as channels, if need be their mean."""
-    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
-
-
-def layer_names(name: str) -> tuple[str, str]:
-    """The names of a timm model's head and first convolution; of several heads the first."""
-    cfg = timm.get_pretrained_cfg(name) if not name.startswith(SOURCES) else None
-    layers = (cfg.classifier or "", cfg.first_conv or "") if cfg else ("head", "")
-    head, first_conv = (layer if isinstance(layer, str) else layer[0] for layer in layers)
-    return head, first_conv
 
 
 def _class_names(network: TimmModel) -> list[str]:
@@ -287,107 +266,3 @@ def _read_lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"cannot read the class names in {path}: {getattr(error, 'strerror', error)}") from error
-
-
-def create_by_name(
-    name: str, pretrained: bool = False, progress: bool = False, option: str = "--model", **settings: Any
-) -> TimmModel:
-    """timm's create_model with one-line errors; our published weights come from any of their mirrors.
-
-    Raises:
-        RunError: an unknown name, or settings that the model does not take.
-        CheckpointError: the published weights cannot be had.
-    """
-    check_name(option, name)
-    urls = [mirror + published_file(name) for mirror in MIRRORS] if pretrained and is_ours(name) else []
-    if pretrained and not urls and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
-        raise RunError(f"{option} {name}: there are no published weights of it, only a checkpoint of your own can do")
-    if urls:
-        download(urls, progress)
-    try:
-        model: TimmModel = timm.create_model(name, pretrained=pretrained and not urls, **settings)
-    except CheckpointError:
-        raise
-    except Exception as error:  # of models that are not ours, in a hundred files
-        _logger.debug("creating the model failed", exc_info=True)
-        raise RunError(f"{option} {name}: {' '.join(str(error).split())[:300]}") from error
-    if urls:
-        load_pretrained(model, urls)
-    return model
-
-
-def check_name(option: str, name: str) -> None:
-    """Make sure that timm knows a model, or offer the nearest one it knows."""
-    if name.startswith(SOURCES):
-        return
-    if not timm.is_model(name):
-        raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
-    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-    if "." in name and name not in tags:
-        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
-
-
-def check_source(name: str, path: str) -> None:
-    """A checkpoint alone does not make anything be fetched from elsewhere."""
-    if name.startswith(SOURCES):
-        raise RunError(f"{path} says that its model is {name}, which lies elsewhere: --model {name} allows that")
-
-
-def is_ours(name: str) -> bool:
-    """Whether a timm name is of a published ConvMLP."""
-    return name.split(".")[0].removesuffix("_classification") in VARIANTS
-
-
-def published_file(name: str) -> str:
-    """The file name of a ConvMLP's published weights."""
-    url = timm.get_pretrained_cfg_value(name, "url")
-    assert isinstance(url, str)  # all of ours have one
-    return url.rpartition("/")[2]
-
-
-def load_weights(
-    model: TimmModel,
-    checkpoint: Any,
-    path: str,
-    use_ema: bool = True,
-    class_names: Sequence[str] | None = None,
-    new_head: bool = False,
-) -> None:
-    """Load a checkpoint that was read from `path`.
-
-    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
-    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
-    """
-    state_dict = extract_state_dict(checkpoint, use_ema, name=path)
-    about: Any = checkpoint if isinstance(checkpoint, dict) else {}
-    config, names = about.get("data_config"), about.get("class_names")
-    for key in ("mean", "std"):
-        values = config.get(key) if isinstance(config, Mapping) else None
-        if values and isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values):
-            model.pretrained_cfg = {**model.pretrained_cfg, key: values}
-
-    classifier = model.pretrained_cfg["classifier"]
-    weight = state_dict.get(f"{classifier}.weight")
-    if (
-        class_names is not None
-        and weight is not None
-        and weight.ndim > 0
-        and (len(weight) != len(class_names) or (isinstance(names, list) and names != list(class_names)))
-    ):
-        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
-        if len(weight) == len(class_names):
-            message = f"{path} knows other classes ({', '.join(map(str, names[:3]))}, ...) than the data has"
-        if not new_head:
-            raise RunError(message)
-        _logger.warning(f"{message}: the head starts afresh")
-        own = model.state_dict()
-        state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
-    if isinstance(model, ConvMLP):
-        state_dict = adapt_state_dict(state_dict, model, name=path)
-    other_types = list_other_types(state_dict, model.state_dict())
-    if other_types:
-        raise CheckpointError(f"{path} does not fit the model: {shorten(other_types)}")
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What the dist_*.sh have in common: run a script of this repository with N processes by torchrun, or with one by itself.
-#   scripts/launch.sh N SCRIPT [arguments of the script]
+#   tools/launch.sh N SCRIPT [arguments of the script]
 # Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each.
 # MAX_RESTARTS=3 starts a run that failed again, up to three times; it goes on from its last checkpoint.
 set -euo pipefail
@@ -38,4 +38,4 @@ else
     where=(--nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}"
         --master-addr "${MASTER_ADDR:-127.0.0.1}" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$python" -m convmlp.launch "${where[@]}" --nproc-per-node "$n" --max-restarts "${MAX_RESTARTS:-0}" "$script" "$@"
+exec "$python" -m convmlp.common.launch "${where[@]}" --nproc-per-node "$n" --max-restarts "${MAX_RESTARTS:-0}" "$script" "$@"

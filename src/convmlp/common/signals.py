@@ -10,12 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+from .errors import one_line
+
 SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
-class Stopped(Exception):
-    """A run was asked to stop, and has saved what it needs to go on. Its exit code is `STOPPED`."""
 
 
 class StopRequest:
@@ -84,7 +81,7 @@ def _obey_parent() -> None:
 
 def lost_process(error: Exception) -> str | None:
     """What to say if this error means that another process of the run has ended, or None."""
-    text = " ".join(str(error).split())
+    text = one_line(error, 10_000)
     if not dist.is_initialized() or not re.search("gloo|NCCL|Connection|Broken pipe", text):
         return None
     reason = re.search("Connection [a-z]+ by peer|Broken pipe", text)

@@ -1,0 +1,1 @@
+"""What all commands share: errors and exit codes, the parser, configs, files and locks, signals, devices, images."""

@@ -1,0 +1,48 @@
+"""Optional packages: which module each brings, and what to say where one is missing."""
+
+import importlib.util
+
+from .errors import RunError
+
+# Packages whose module has another name
+MODULES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "grad-cam": "pytorch_grad_cam",
+    "onedl-mmcv": "mmcv",
+    "onedl-mmengine": "mmengine",
+    "onedl-mmdetection": "mmdet",
+    "onedl-mmsegmentation": "mmseg",
+}
+
+
+def missing(*packages: str) -> list[str]:
+    """Which of these packages are not installed."""
+    return [name for name in packages if importlib.util.find_spec(module_of(name)) is None]
+
+
+def need(what: str, *packages: str) -> None:
+    """Make sure that packages are installed before they are used.
+
+    Raises:
+        RunError: some are not; with the pip line that installs them.
+    """
+    if absent := missing(*packages):
+        raise RunError(f"{what} needs a missing package: {pip_line(*absent)}")
+
+
+def pip_line(*packages: str) -> str:
+    """What to type to install packages. OpenMMLab's belong together, in the versions that the extra pins."""
+    extras = ["'convmlp[openmmlab]'"] if any(name.startswith("onedl-") for name in packages) else []
+    return " ".join(["pip install", *extras, *(name for name in packages if not name.startswith("onedl-"))])
+
+
+def module_of(package: str) -> str:
+    """The module that a package brings."""
+    return MODULES.get(package, package.replace("-", "_"))
+
+
+def package_of(module: str) -> str:
+    """The package that brings a module."""
+    return next((package for package, name in MODULES.items() if name == module), module)

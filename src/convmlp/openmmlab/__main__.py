@@ -1,0 +1,8 @@
+"""detection.py and segmentation.py where there is no checkout: `python -m convmlp.openmmlab CONFIG ...`."""
+
+import sys
+
+from ..cli import run_openmmlab
+
+if __name__ == "__main__":  # not so in the processes that load data
+    sys.exit(run_openmmlab("convmlp.openmmlab"))

@@ -1,0 +1,284 @@
+"""The verbs of `convmlp` that use a trained model: predict, visualize, export, info."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..common.command import Verb, fraction, positive_int
+from ..common.errors import RunError
+from ..common.files import check_writable, make_folder, write_atomically
+from ..common.output import say, show_table, write_result
+
+
+def _predict_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("pictures", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
+    add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
+    add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
+    add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
+    add("--topk", type=positive_int, metavar="N", help="how many classes to name (5)")
+    add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
+    add("--score-threshold", type=fraction, metavar="P", help="leave out detections below (0.3)")
+    add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
+    add("--batch-size", type=positive_int, metavar="N", help="pictures at once (16)")
+    add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
+    add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
+    add("--save-dir", metavar="DIR", help="draw the result into copies of the pictures")
+    _add_machine(parser)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from ..common.images import find_images
+    from . import results
+
+    paths = list(dict.fromkeys(path for place in options.pictures for path in find_images(place)))
+    for file in (options.json, options.csv):
+        if file and file != "-":
+            check_writable(Path(file))
+    if options.json and options.json == options.csv:
+        raise RunError(f"--json and --csv cannot both be {options.json}")
+    if options.save_dir is not None:
+        make_folder(Path(options.save_dir))
+        inputs = {path.resolve() for path in paths}
+        for name in results.drawn_names(paths):
+            if (Path(options.save_dir) / name).resolve() in inputs:
+                raise RunError(f"--save-dir {options.save_dir} holds the pictures themselves: {name} would be replaced")
+    rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths)
+
+    write_result(options.json, lambda file: results.write_json(file, rows, unreadable))
+    write_result(options.csv, lambda file: results.write_csv(file, rows))
+    if "-" not in (options.json, options.csv) and rows:
+        show_table(results.make_table(rows))
+    if options.save_dir:
+        say(f"{len(rows)} pictures drawn in {options.save_dir}")
+    for error in unreadable:
+        say(f"skipped: {error}")
+    if unreadable:
+        say(f"{len(unreadable)} of {len(paths)} pictures were left out")
+    return 1 if unreadable else 0
+
+
+Found = tuple[list[dict[str, Any]], Sequence[Exception]]
+
+
+def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
+    _refuse(options, ("score_threshold", "trust_checkpoint"), "is for detection and segmentation: --config FILE")
+
+    from ..common.images import read_image
+    from . import predict
+    from .classifier import open_classifier
+    from .results import drawn_names
+
+    classifier = open_classifier(
+        options.model,
+        options.checkpoint,
+        device=options.device,
+        img_size=options.img_size,
+        class_map=options.class_map,
+    )
+    topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
+    predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
+    names = dict(zip(paths, drawn_names(paths), strict=True))
+    for prediction in predictions if options.save_dir else []:
+        drawn = predict.draw(read_image(prediction.path), prediction.best)
+        write_atomically(Path(options.save_dir) / names[prediction.path], drawn.save)
+    small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
+    if small:
+        (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
+        example = f"{small[0].path}, {width}x{height} px"
+        say(f"enlarged to {side} px: {len(small)} of {len(paths)} pictures, such as {example}")
+    return [prediction.row() for prediction in predictions], unreadable
+
+
+def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
+    _refuse(options, ("model", "class_map", "img_size", "topk", "batch_size"), "is for classifiers, not for --config")
+    if not options.checkpoint:
+        raise RunError("--config needs the trained weights: --checkpoint FILE")
+
+    from mmengine.logging import MMLogger
+    from tqdm import tqdm
+
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # its news would stand among the results
+    from ..common.images import read_image
+    from ..openmmlab import drawing, inference
+    from .results import drawn_names
+
+    model = inference.open_model(options.config, options.checkpoint, options.device, options.trust_checkpoint)
+    if model.library == "mmseg":
+        _refuse(options, ("score_threshold",), "is for detection, and this is a segmentor")
+    threshold = inference.SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
+    rows: list[dict[str, Any]] = []
+    unreadable: list[RunError] = []
+    hidden = None if len(paths) > 1 else True
+    for path, name in zip(tqdm(paths, unit="picture", leave=False, disable=hidden), drawn_names(paths), strict=True):
+        try:
+            image = read_image(path)
+            [result] = inference.predict(model, [image])
+        except RunError as error:
+            unreadable.append(error)
+            continue
+        rows.append({"picture": str(path), **inference.to_json(result, model.class_names, threshold)})
+        if options.save_dir:
+            drawn = drawing.draw(model, image, result, threshold)
+            write_atomically(Path(options.save_dir) / name, drawn.save)
+    return rows, unreadable
+
+
+def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Options that would change nothing are mistakes."""
+    for name in names:
+        if getattr(options, name) not in (None, False):
+            raise RunError(f"--{name.replace('_', '-')} {reason}")
+
+
+def _visualize_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("image", nargs="?", metavar="IMAGE", help="a picture; filters need none")
+    add("--models", nargs="+", default=["convmlp_s"], metavar="MODEL", help="timm names or checkpoints, a row each")
+    add("--kind", choices=["features", "cam", "filters"], default="features", help="cam is Grad-CAM")
+    add("--classes", nargs="+", metavar="NAME|N", help="what cam looks for; by default what the model finds")
+    add("--out", metavar="FILE", help="by default KIND.png")
+    _add_pretrained(parser)
+    _add_machine(parser)
+
+
+def _visualize(options: argparse.Namespace) -> None:
+    out = Path(options.out or f"{options.kind}.png")
+    out = out if out.suffix else out.with_suffix(".png")
+    check_writable(out)
+    if not options.image and options.kind != "filters":
+        raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE, before --models")
+    if options.kind == "filters" and (options.image or options.img_size):
+        raise RunError("--kind filters shows what the models are made of: it takes no picture and no --img-size")
+    if options.classes and options.kind != "cam":
+        raise RunError("--classes is for --kind cam")
+
+    from ..common.figures import check_format, save_figure
+    from ..common.images import read_image
+    from . import visualize
+    from .classifier import open_any
+
+    check_format(out)
+    if options.kind == "filters":
+        draw = visualize.filter_figure
+    elif options.kind == "features":
+        draw = partial(visualize.feature_figure, read_image(options.image))
+    else:
+        draw = partial(visualize.cam_figure, read_image(options.image), wanted=options.classes or ())
+    classifiers = [
+        open_any(model, pretrained=options.pretrained, device=options.device, img_size=options.img_size)
+        for model in options.models
+    ]
+    save_figure(draw(classifiers), out)
+    say(f"drawn: {out}")
+
+
+def _export_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("source", metavar="CHECKPOINT|MODEL", help="a checkpoint, or a timm name")
+    add("--model", metavar="NAME", help="the timm name of a checkpoint that does not tell its model")
+    add("--format", choices=["onnx", "torch-export", "torchscript", "safetensors"], default="onnx")
+    add("--output", metavar="PATH", help="file, or folder for safetensors; by default named by the model")
+    add("--overwrite", action="store_true", help="replace what is there")
+    add("--dynamic", action="store_true", help="any batch and image size, not just one image of the model's own size")
+    add("--fold", action="store_true", help="fold BatchNorm into the convolutions")
+    add("--half", action="store_true", help="float16")
+    add("--opset", type=positive_int, metavar="N", help="of ONNX; by default PyTorch's")
+    add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
+    add("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
+    _add_pretrained(parser)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from .classifier import open_any, open_classifier
+    from .export import SUFFIXES, export
+
+    settings = dict(pretrained=options.pretrained, device="cpu", img_size=options.img_size, class_map=options.class_map)
+    if options.model:
+        classifier = open_classifier(options.model, options.source, **settings)
+    else:
+        classifier = open_any(options.source, **settings)
+    report = export(
+        classifier,
+        options.output or classifier.model.pretrained_cfg["architecture"] + SUFFIXES[options.format],
+        options.format,
+        dynamic=options.dynamic,
+        fold=options.fold,
+        half=options.half,
+        opset=options.opset,
+        overwrite=options.overwrite,
+    )
+    shapes = ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(report.shapes))
+    dtype = str(report.dtype).removeprefix("torch.")
+    say(f"written: {report.path} ({report.size / 1e6:.1f} MB, {dtype})")
+    differences = f"{report.absolute:.1e}, {report.relative:.1e} of the largest"
+    say(f"compared with PyTorch on {shapes} (batch x height x width): logits differ by at most {differences}")
+
+
+def _info_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default all of ours")
+    add("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
+    add("--layers", action="store_true", help="the layers of several models")
+    add("--depth", type=positive_int, metavar="N", help="how deep into the layers (2)")
+    add("--markdown", action="store_true", help="tables for a README")
+
+
+def _info(options: argparse.Namespace) -> None:
+    from . import info
+    from .classifier import open_any
+
+    if options.depth and not options.layers and len(options.models) != 1:
+        raise RunError("--depth is for the layers of one model, or of several with --layers")
+    rows = []
+    for model in options.models or info.OURS:
+        classifier = open_any(model, pretrained=False, device="cpu", img_size=options.img_size)
+        size = classifier.data_config["input_size"]
+        rows.append((model, info.measure(classifier.model, size), size[-1]))
+    if options.layers or len(options.models) == 1:
+        for name, cost, _ in rows:
+            show_table(
+                info.layer_table(cost, options.depth or 2, options.markdown), f"{name}:" if len(rows) > 1 else ""
+            )
+    show_table(info.cost_table(rows, options.markdown))
+    if not options.models:
+        show_table(info.downstream_table(options.markdown))
+        print("Scores as published by the paper: top-1 in per cent; COCO box and mask AP; ADE20K mIoU.")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, else mps, else cpu), or a device")
+
+
+def _add_pretrained(parser: argparse.ArgumentParser) -> None:
+    switch = argparse.BooleanOptionalAction
+    parser.add_argument("--pretrained", action=switch, default=True, help="published weights; or random ones")
+
+
+VERBS = [
+    Verb(
+        "predict",
+        "Classify images; with --config, detect or segment what is on them.",
+        _predict_options,
+        _predict,
+        "unexpected argument {}; images stand together, before the options",
+    ),
+    Verb(
+        "visualize",
+        "Draw feature maps, class activation maps or first filters of models.",
+        _visualize_options,
+        _visualize,
+    ),
+    Verb("export", "Write a model for other programs, and check the file against PyTorch.", _export_options, _export),
+    Verb(
+        "info",
+        "Parameters, multiply-adds, activations, published scores; the layers of one model.",
+        _info_options,
+        _info,
+        "unexpected argument {}; models stand together, before the options",
+    ),
+]
