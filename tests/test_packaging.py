@@ -73,8 +73,8 @@ def test_an_installed_package_lists_and_copies_its_configs(installed, tmp_path):
 
 
 def test_an_installed_package_trains_by_the_name_of_a_config(installed, tmp_path):
-    call = "-m convmlp.classification -c quickstart --model-kwargs spatial_connect=False --img-size 32 --epochs 1 "
-    call += "--warmup-epochs 0 --batch-size 512 --workers 0 --no-model-ema"
+    call = "-m convmlp.classification -c quickstart --img-size 32 --epochs 1 --warmup-epochs 0 --batch-size 512 "
+    call += "--workers 0 --no-model-ema --model-kwargs channels=8 n_conv_blocks=1 blocks=[1,1,1] dims=[8,16,32]"
     run = python(installed, *call.split(), cwd=tmp_path)
     assert run.returncode == 0, run.stderr[-2000:]
     assert (tmp_path / "output/quickstart/best.pth").is_file()
