@@ -72,6 +72,7 @@ def test_an_installed_package_lists_and_copies_its_configs(installed, tmp_path):
     assert copied == ours
 
 
+@pytest.mark.slow
 def test_an_installed_package_trains_by_the_name_of_a_config(installed, tmp_path):
     call = "-m convmlp.classification -c quickstart --img-size 32 --epochs 1 --warmup-epochs 0 --batch-size 512 "
     call += "--workers 0 --no-model-ema --model-kwargs channels=8 n_conv_blocks=1 blocks=[1,1,1] dims=[8,16,32]"
@@ -80,6 +81,7 @@ def test_an_installed_package_trains_by_the_name_of_a_config(installed, tmp_path
     assert (tmp_path / "output/quickstart/best.pth").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["quickstart_retinanet", "segmentation/quickstart_fpn"])
 def test_an_installed_package_finds_configs_of_mmdet_and_mmseg(installed, tmp_path, config):
     run = python(installed, "-m", "convmlp.openmmlab", config, "nowhere", cwd=tmp_path)
