@@ -28,21 +28,21 @@ def list_configs(task: str = "", bases: bool = False) -> list[Path]:
 
 
 def find_config(name: str, task: str = "") -> Path:
-    """A file as it is named, else the config that comes with the package.
+    """The file of this name, else the config that comes with the package.
 
     Args:
-        name: A path, or of the package's configs the name, 'convmlp_s_imagenet', or the path,
-            'configs/classification/convmlp_s_imagenet.yml' or part of its end.
+        name: A path; or, for a config of the package, its name ('convmlp_s_imagenet') or the end of its path
+            ('configs/classification/convmlp_s_imagenet.yml').
         task: Only among those of 'classification', 'detection' or 'segmentation'.
 
     Raises:
-        RunError: neither is there; the nearest is offered.
+        RunError: neither exists; the message suggests the nearest name.
     """
     path = Path(name)
     try:
         if path.is_file():
             return path
-    except (OSError, ValueError):  # a name too long, or with a zero in it
+    except (OSError, ValueError):  # the name is too long, or has a null byte
         pass
     ours = list_configs(task, bases=BASES in path.parts)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
@@ -56,7 +56,7 @@ def find_config(name: str, task: str = "") -> Path:
 
 
 def title(config: Path) -> str:
-    """What a config says of itself: its first comment that is no command."""
+    """The description of a config: its first comment that is not a command."""
     lines = (config_folder() / config).read_text(encoding="utf-8").splitlines()
     comments = [line.lstrip("# ") for line in lines if line.startswith("#")]
     return next((comment for comment in comments if not comment.startswith("./")), "")

@@ -9,7 +9,7 @@ class RunError(Exception):
 
 
 class CheckpointError(RunError, RuntimeError):
-    """A checkpoint that cannot be found, read, or fitted into the model; the message says which and what to do."""
+    """A checkpoint that cannot be found, read, or fitted into the model; the message names it and says what to do."""
 
 
 class Diverged(RunError):
@@ -17,7 +17,7 @@ class Diverged(RunError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has saved what it needs to go on."""
+    """A run was asked to stop, and has saved what it needs to continue."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -45,7 +45,7 @@ def _flush(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make sure, before long work, that a file can be written at `path`; its folder is made if need be.
+    """Make sure, before long work, that a file can be written at `path`; its folder is created if needed.
 
     Raises:
         RunError: it cannot.
@@ -68,10 +68,9 @@ def make_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Keep other runs out of a folder until the returned lock is released, or this process ends in whatever way.
+    """Keep other runs out of a folder until the returned lock is released, or this process ends in any way.
 
-    Beside the lock a file names the process that holds it. Both files are left behind; only the lock on the first
-    counts.
+    A file beside the lock names the process that holds it. Both files are left behind; only the lock counts.
 
     Raises:
         RunError: another process holds the folder.
@@ -107,6 +106,6 @@ def _launch() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder when it was killed. Nobody else may be writing there."""
+    """Remove what a killed `write_atomically` left in a folder. Nobody else may be writing there."""
     for path in folder.glob(".*.part*"):
         path.unlink(missing_ok=True)
