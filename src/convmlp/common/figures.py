@@ -34,7 +34,7 @@ def check_format(path: Path) -> None:
         raise RunError(f"cannot write a figure as {path}: its suffix is one of {', '.join(sorted(known))}")
 
 
-def picture_font(size: float) -> ImageFont.FreeTypeFont:
+def image_font(size: float) -> ImageFont.FreeTypeFont:
     """A font for text in images; it has European letters, Greek and Cyrillic."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
