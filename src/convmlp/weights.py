@@ -18,7 +18,7 @@ import torch
 
 from .common.errors import CheckpointError
 from .model import VARIANTS, ConvMLP
-from .variations import PURE_MLPS
+from .variations import PURE_MLPS, build
 
 _logger = logging.getLogger(__name__)
 
@@ -324,7 +324,7 @@ def fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
 
     with torch.device("meta"):
         for variant, settings in {**VARIANTS, **PURE_MLPS}.items():
-            own = ConvMLP(**settings).state_dict()
+            own = build(**settings).state_dict()
             first = next(iter(own))
             if first in state_dict and shapes(own, first) == shapes(state_dict, first):
                 return variant

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .model import VARIANTS, ConvMLP
-from .variations import PURE_MLPS
+from .variations import PURE_MLPS, build
 from .weights import load_pretrained
 
 __all__ = ["MIRRORS", "VARIANTS", "checkpoint_urls", "convmlp_l", "convmlp_m", "convmlp_s", "variant_of"]
@@ -66,9 +66,9 @@ def _create(variant: str, pretrained: bool | str | os.PathLike, progress: bool, 
         raise TypeError(f"pretrained is True, False, a path or a URL, got {pretrained!r}")
     settings = {**VARIANTS[variant], **kwargs}
     if pretrained is False:
-        return ConvMLP(**settings)
+        return build(**settings)
     device = torch.get_default_device()
     with torch.device("meta"):  # to initialise what the file fills would take longer than to read it
-        model = ConvMLP(**settings)
+        model = build(**settings)
     load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
     return model if device.type == "meta" else model.to(device)  # on meta the weights would be lost again
