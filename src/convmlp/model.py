@@ -55,14 +55,14 @@ class ConvMLP(nn.Module):
         super().__init__()
         blocks, dims, mlp_ratios = tuple(blocks), tuple(dims), tuple(mlp_ratios)
         if not len(blocks) == len(dims) == len(mlp_ratios) > 0:
-            raise ValueError(f"every stage needs one entry in each, got {blocks=}, {dims=}, {mlp_ratios=}")
+            raise ValueError(f"each stage needs one entry in each, got {blocks=}, {dims=}, {mlp_ratios=}")
         if channels < 2 or channels % 2:
             raise ValueError(f"the width of the tokenizer must be even, got {channels=}")
         hidden_dims = [dim * mlp_ratio for dim, mlp_ratio in zip(dims, mlp_ratios, strict=True)]
         if not all(1 <= width < math.inf for width in (*dims, *hidden_dims)):
-            raise ValueError(f"no width may be empty, got {dims=}, {mlp_ratios=}")
+            raise ValueError(f"widths must be at least 1, got {dims=}, {mlp_ratios=}")
         if min(*blocks, n_conv_blocks, num_classes, in_chans - 1) < 0:
-            raise ValueError(f"not counts: got {blocks=}, {n_conv_blocks=}, {num_classes=}, {in_chans=}")
+            raise ValueError(f"a count is out of range, got {blocks=}, {n_conv_blocks=}, {num_classes=}, {in_chans=}")
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
             raise ValueError(f"rates must be at least 0 and below 1, got {drop_rate=}, {drop_path_rate=}")
         if not classifier_head:
