@@ -86,6 +86,7 @@ def ablate(
     Raises:
         ValueError: the channel MLPs of the new blocks would be empty.
     """
+    example = next(model.parameters())  # of the type and the device of the model
     if not conv_stage and isinstance(model.conv_stages, ConvStage):
         channels, dim = (info["num_chs"] for info in model.feature_info[:2])
         n_blocks, mlp_ratio = len(model.conv_stages.conv_blocks), model.mlp_ratios[0]
@@ -102,7 +103,7 @@ def ablate(
             replaced[name] = PatchMerging(conv.in_channels, conv.out_channels, 2)
     for name, module in replaced.items():
         model.set_submodule(name, module)
-    return model.to(next(model.parameters())).train(model.training)
+    return model.to(example).train(model.training)
 
 
 def dilate(model: ConvMLP, output_stride: int) -> ConvMLP:
