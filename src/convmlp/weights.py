@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -324,14 +325,20 @@ def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 def fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """The variant a state_dict belongs to, whatever its head and input channels, or None."""
-
-    def shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
-        return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}
-
-    with torch.device("meta"):
-        for variant, settings in {**VARIANTS, **PURE_MLPS}.items():
-            own = build(**settings).state_dict()
-            first = next(iter(own))
-            if first in state_dict and shapes(own, first) == shapes(state_dict, first):
-                return variant
+    for variant, (first, shapes) in _known_shapes().items():
+        if first in state_dict and _shapes(state_dict, first) == shapes:
+            return variant
     return None
+
+
+@cache
+def _known_shapes() -> dict[str, tuple[str, dict[str, torch.Size]]]:
+    """Of each variant the name of the first convolution, whose input channels are free, and the other shapes."""
+    with torch.device("meta"):
+        models = {variant: build(**settings).state_dict() for variant, settings in {**VARIANTS, **PURE_MLPS}.items()}
+    firsts = {variant: next(iter(own)) for variant, own in models.items()}
+    return {variant: (firsts[variant], _shapes(own, firsts[variant])) for variant, own in models.items()}
+
+
+def _shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
+    return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}
