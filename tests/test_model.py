@@ -104,10 +104,9 @@ def test_multiply_adds_at_224_are_the_published_ones(variant, gmacs):
     assert round(counter.get_total_flops() / 2e9, 3) == gmacs
 
 
-@each_variant
 @torch.no_grad()
-def test_initialisation_is_the_references(variant):
-    for name, module in build(variant).named_modules():
+def test_initialisation_is_the_references():
+    for name, module in convmlp.convmlp_s().named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             assert weight.eq(1).all() and module.bias.eq(0).all(), name
@@ -168,28 +167,26 @@ def test_channels_last_memory_gives_the_same_numbers(golden_model):
         golden_model.to(memory_format=torch.contiguous_format)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("size", [(193, 257), (32, 32)])
 @each_variant
 def test_maps_follow_the_strides_at_any_size(variant, size):
-    model = build(variant, num_classes=3).eval()
-    features, maps = model.forward_intermediates(image(1, 3, *size))
+    with torch.device("meta"):
+        model, x = build(variant, num_classes=3).eval(), torch.empty(1, 3, *size)
+    features, maps = model.forward_intermediates(x)
     expected = [
         (1, width, -(-size[0] // stride), -(-size[1] // stride))
         for width, stride in zip(WIDTHS[variant], STRIDES, strict=True)
     ]
     assert [tuple(m.shape) for m in maps] == expected
     assert tuple(features.shape) == expected[-1]
-    assert model(image(1, 3, *size)).shape == (1, 3)
+    assert model(x).shape == (1, 3)
 
 
 @torch.no_grad()
-@each_variant
-def test_headless_forward_returns_the_last_map_channels_last(variant):
-    model = build(variant, classifier_head=False).eval()
-    x = image(2, 3, 64, 96)
+def test_headless_forward_returns_the_last_map_channels_last():
+    model, x = tiny(classifier_head=False), image(2, 3, 64, 96)
     out = model(x)
-    assert out.shape == (2, 2, 3, WIDTHS[variant][-1])
+    assert out.shape == (2, 2, 3, TINY_WIDTHS[-1])
     assert_close(out.permute(0, 3, 1, 2), model.forward_intermediates(x, indices=1, intermediates_only=True)[0])
     assert not [name for name in model.state_dict() if name.startswith(("norm.", "head."))]
 
@@ -351,15 +348,13 @@ def test_dropout_sits_before_the_head_and_acts_in_training_only():
 
 
 @torch.no_grad()
-@each_variant
-def test_reset_classifier_replaces_or_removes_the_head(variant):
-    model, x = build(variant).eval(), image(1, 3, 32, 32)
-    width = WIDTHS[variant][-1]
+def test_reset_classifier_replaces_or_removes_the_head():
+    model, x = tiny(), image(1, 3, 32, 32)
     features = model.forward_features(x)
-    model.reset_classifier(7)
+    model.reset_classifier(70)
     assert model.get_classifier() is model.head
-    assert (model.head.in_features, model.head.out_features, model.num_classes) == (width, 7, 7)
-    assert model(x).shape == (1, 7)
+    assert (model.head.in_features, model.head.out_features, model.num_classes) == (TINY_WIDTHS[-1], 70, 70)
+    assert model(x).shape == (1, 70)
     assert model.head.bias.count_nonzero() == 0
     assert 0.015 < model.head.weight.std() < 0.025
     model.reset_classifier(0)
@@ -457,10 +452,9 @@ def test_pruning_nothing_but_head_or_norm():
 # Training
 
 
-@each_variant
-def test_every_parameter_gets_a_gradient(variant):
-    model = build(variant, num_classes=4, drop_path_rate=0).train()
-    (model(image(2, 3, 64, 64)) * image(2, 4)).sum().backward()
+def test_every_parameter_gets_a_gradient():
+    model = ConvMLP(**TINY, drop_path_rate=0).train()
+    (model(image(2, 3, 64, 64)) * image(2, 5)).sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
     assert without == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
@@ -558,7 +552,7 @@ def test_meta_device_allocates_nothing_and_gives_shapes(variant):
 
 @pytest.fixture(params=[True, False], ids=["head", "headless"])
 def small(request) -> ConvMLP:
-    return golden_weights(convmlp.convmlp_s(num_classes=5, classifier_head=request.param)).eval()
+    return tiny(classifier_head=request.param)
 
 
 @torch.no_grad()
@@ -590,7 +584,7 @@ def test_export_with_dynamic_batch_and_size_gives_the_same_numbers(small):
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compile_needs_no_graph_break(training):
-    model = golden_weights(convmlp.convmlp_s(num_classes=5, drop_path_rate=0.5 * training)).train(training)
+    model = tiny(drop_path_rate=0.5 * training).train(training)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     x = image(2, 3, 64, 64)
     torch.manual_seed(0)

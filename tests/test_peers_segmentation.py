@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch with ConvMLP encoders, and the dilated models that DeepLab and PAN ask for."""
+"""segmentation_models_pytorch with ConvMLP encoders, dilated where DeepLab and PAN ask for that."""
 
 import pytest
 import segmentation_models_pytorch as smp
@@ -7,6 +7,8 @@ from test_model import WIDTHS
 
 import convmlp
 import convmlp.timm_models  # noqa: F401  registers with timm
+
+pytestmark = pytest.mark.slow
 
 DILATED = ("DeepLabV3", "DeepLabV3Plus", "PAN")  # decoders that want a stride of 8 or 16
 DECODERS = ("Unet", "UnetPlusPlus", "MAnet", "Linknet", "FPN", "PSPNet", "UPerNet", "Segformer", *DILATED)
@@ -31,41 +33,6 @@ def weights(tmp_path, monkeypatch):
     return state_dict
 
 
-# The model's own output_stride
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("output_stride", [8, 16, 32])
-@pytest.mark.parametrize("size", [(64, 96), (75, 131)])
-def test_a_dilated_model_gives_the_same_values_more_densely(output_stride, size):
-    plain, dilated = convmlp.convmlp_s().eval(), convmlp.convmlp_s(output_stride=output_stride).eval()
-    dilated.load_state_dict(plain.state_dict())
-    x = torch.randn(1, 3, *size)
-    expected = plain.forward_intermediates(x, intermediates_only=True)
-    actual = dilated.forward_intermediates(x, intermediates_only=True)
-    for stride, one, other in zip((4, 8, 16, 32), actual, expected, strict=True):
-        kept = min(stride, output_stride)
-        assert one.shape[2:] == tuple(-(-side // kept) for side in size)
-        every = stride // kept
-        torch.testing.assert_close(one[..., ::every, ::every], other, rtol=1e-4, atol=1e-5)
-    assert [info["reduction"] for info in dilated.feature_info] == [min(s, output_stride) for s in (4, 8, 16, 32)]
-
-
-@pytest.mark.parametrize("output_stride", [0, 4, 12, 64, "16", 16.0, True])
-def test_an_output_stride_that_no_stage_has_is_refused(output_stride):
-    with pytest.raises(ValueError, match="output_stride is one of 8, 16, 32, got"):
-        convmlp.convmlp_s(output_stride=output_stride)
-
-
-def test_layers_over_patches_do_not_dilate():
-    with pytest.raises(ValueError, match="cannot dilate, got output_stride=16 with conv_downsample=False"):
-        convmlp.convmlp_s(output_stride=16, conv_downsample=False)
-    assert convmlp.convmlp_s(output_stride=32, conv_downsample=False).feature_info[-1]["reduction"] == 32
-
-
-# segmentation_models_pytorch
-
-
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_every_decoder_trains_all_that_it_has(decoder):
     model = build(decoder).train()
@@ -81,7 +48,7 @@ def test_depth_chooses_the_maps(encoder, depth):
     with torch.device("meta"):
         model = smp.encoders.get_encoder(f"tu-{encoder}", depth=depth)
         maps = model(torch.zeros(1, 3, 64, 96))
-    widths = [3, 0, *WIDTHS[encoder]][: depth + 1]  # smp puts the picture and an empty map of stride 2 before ours
+    widths = [3, 0, *WIDTHS[encoder]][: depth + 1]  # smp puts the image and an empty map of stride 2 before ours
     assert model.out_channels == widths
     assert [tuple(m.shape[1:]) for m in maps] == [(w, 64 // 2**i, 96 // 2**i) for i, w in enumerate(widths)]
 
@@ -107,7 +74,7 @@ def test_deeplab_gets_the_stride_it_asks_for(output_stride):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(33, 75), (197, 131)])
-def test_unet_takes_odd_pictures(size):
+def test_unet_takes_odd_sizes(size):
     assert build("Unet").eval()(torch.randn(1, 3, *size)).shape == (1, 2, *size)
 
 

@@ -2,32 +2,31 @@
 
 import logging
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from stand_ins import FIRST_CONV, TINY, Server, StateDict, assert_holds, flip, page, saved
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import convmlp.timm_models  # noqa: F401  registers the models
+import convmlp.timm_models
 from convmlp import ConvMLP
-from convmlp.common.errors import CheckpointError
+from convmlp.common.errors import CheckpointError, RunError
+from convmlp.timm_models import create_timm_model, load_weights
 from convmlp.zoo import VARIANTS
 
-StateDict = dict[str, torch.Tensor]
-
 NAMES = [name + suffix for name in VARIANTS for suffix in ("", "_classification")]
-WIDTHS = {"convmlp_s": [64, 128, 256, 512], "convmlp_m": [64, 128, 256, 512], "convmlp_l": [96, 192, 384, 768]}
 FINE_TUNED = {
     "cifar10": (10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": (100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "flowers102": (102, (0.4353, 0.3773, 0.2872), (0.2966, 0.2455, 0.2698)),
 }
-FIRST_CONV = "tokenizer.block.0.weight"
+SMALL = {key: value for key, value in TINY.items() if key != "num_classes"}  # in the place of a variant's settings
+WIDTHS = [4, 8, 16, 24]
 
 each_variant = pytest.mark.parametrize("variant", list(VARIANTS))
 
@@ -37,7 +36,12 @@ def on_meta(name: str, **kwargs) -> ConvMLP:
         return timm.create_model(name, **kwargs)
 
 
-def random_weights(variant: str, seed: int = 1, **kwargs) -> StateDict:
+def create(name: str = "convmlp_s", **kwargs) -> torch.nn.Module:
+    """A small model under the name of a large one."""
+    return timm.create_model(name, **{**SMALL, **kwargs})
+
+
+def random_weights(seed: int = 1, **kwargs) -> StateDict:
     """A state_dict of plausible size, without a value that an initialisation gives."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,14 +54,7 @@ def random_weights(variant: str, seed: int = 1, **kwargs) -> StateDict:
         offset = 1 if value.ndim == 1 and name.endswith("weight") else 0
         return torch.empty(value.shape).normal_(offset, scale, generator=generator)
 
-    return {name: values(name, value) for name, value in on_meta(variant, **kwargs).state_dict().items()}
-
-
-def assert_holds(model: torch.nn.Module, weights: StateDict, but: tuple[str, ...] = ()):
-    """Every entry of the model, except those whose names begin with `but`, is the file's."""
-    own = model.state_dict()
-    wrong = [name for name in own if not name.startswith(but or "\n") and not own[name].equal(weights[name])]
-    assert wrong == []
+    return {name: values(name, value) for name, value in create(**kwargs).state_dict().items()}
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5):
@@ -67,28 +64,18 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
-    """An empty torch.hub cache."""
+    """An empty torch.hub cache, and no mirror that can be reached."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.setattr("convmlp.zoo.MIRRORS", ("http://127.0.0.1:9/",))
     folder = tmp_path / "torch_home" / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     return folder
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory) -> Iterator[Callable[[str], tuple[Path, StateDict]]]:
-    """Stand-ins for the published files: random weights, saved once."""
-    folder = tmp_path_factory.mktemp("published")
-    made = {}
-
-    def get(variant: str) -> tuple[Path, StateDict]:
-        if variant not in made:
-            weights = random_weights(variant)
-            torch.save(weights, folder / f"{variant}_imagenet.pth")
-            made[variant] = folder / f"{variant}_imagenet.pth", weights
-        return made[variant]
-
-    yield get
-    shutil.rmtree(folder)
+def published() -> StateDict:
+    """What stands in for the weights of a published file."""
+    return random_weights()
 
 
 @pytest.fixture
@@ -96,9 +83,8 @@ def cached(published, cache) -> Callable[[str], StateDict]:
     """Puts the stand-in of a variant into the cache and returns its weights."""
 
     def put(variant: str) -> StateDict:
-        file, weights = published(variant)
-        os.link(file, cache / file.name)
-        return weights
+        saved(published, cache / f"{variant}_imagenet.pth")
+        return published
 
     return put
 
@@ -106,9 +92,9 @@ def cached(published, cache) -> Callable[[str], StateDict]:
 @pytest.fixture(scope="module")
 def own_classes(tmp_path_factory) -> tuple[str, StateDict]:
     """A training checkpoint of one's own with seven classes."""
-    weights = random_weights("convmlp_s", seed=2, num_classes=7)
+    weights = random_weights(seed=2, num_classes=7)
     file = tmp_path_factory.mktemp("own") / "best.pth"
-    torch.save({"epoch": 4, "state_dict": weights, "class_names": list("abcdefg")}, file)
+    saved({"epoch": 4, "state_dict": weights, "class_names": list("abcdefg")}, file)
     return str(file), weights
 
 
@@ -186,17 +172,84 @@ def test_unknown_arguments_are_refused():
 @each_variant
 def test_pretrained_takes_the_file_in_the_cache(variant, suffix, cached):
     weights = cached(variant)
-    model = timm.create_model(variant + suffix, pretrained=True)
+    model = create(variant + suffix, pretrained=True)
     assert_holds(model, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("convmlp_s", "convmlp_s_imagenet.pth"),
+        ("convmlp_m_classification", "convmlp_m_imagenet.pth"),
+        ("convmlp_l.in1k", "convmlp_l_imagenet.pth"),
+        ("convmlp_s.in1k_ft_cifar10", "convmlp_s_cifar10.pth"),
+        ("convmlp_m.in1k_ft_flowers102", "convmlp_m_flowers102.pth"),
+    ],
+)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_pretrained_tries_the_mirrors_in_turn(name, file, features_only, cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+    classes = timm.get_pretrained_cfg(name).num_classes
+    weights = random_weights(num_classes=classes)
+    with Server() as server:
+        monkeypatch.setattr("convmlp.zoo.MIRRORS", (f"{server.url}/old/", f"{server.url}/new/"))
+        server.pages[f"/new/{file}"] = page(saved(weights, tmp_path / "file.pth").read_bytes())
+        model = create(name, pretrained=True, features_only=features_only)
+    assert server.asked == [f"/old/{file}", f"/new/{file}"]
+    assert [path.name for path in cache.iterdir()] == [file]
+    own = {key.removeprefix("model."): value for key, value in model.state_dict().items()}
+    assert [key for key in own if not own[key].equal(weights[key])] == []
+    assert len(own) >= len(weights) - 4  # without norm and head where there are only features
+
+
+def test_where_no_mirror_answers_the_place_for_the_file_is_named(cache):
+    for call in (lambda: create(pretrained=True), lambda: create_timm_model("convmlp_s", pretrained=True)):
+        with pytest.raises(CheckpointError, match="http://127.0.0.1:9/convmlp_s_imagenet.pth: ") as error:
+            call()
+        assert str(cache / "convmlp_s_imagenet.pth") in str(error.value)
+
+
+def test_a_damaged_file_in_the_cache_is_refused_by_name(cached, cache):
+    weights = cached("convmlp_s")
+    file = cache / "convmlp_s_imagenet.pth"
+    data = file.read_bytes()
+    file.write_bytes(flip(data, data.index(weights["head.weight"].numpy().tobytes()) + 5))
+    with pytest.raises(CheckpointError, match="wrong checksum") as error:
+        create(pretrained=True)
+    assert str(file) in str(error.value)
+
+
+def test_other_sources_of_weights_are_left_to_timm(own_classes, tmp_path):
+    file, weights = own_classes
+    for overlay in (dict(file=file), dict(state_dict=dict(weights)), dict(url=Path(file).as_uri())):
+        model = create(pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+        assert_holds(model, weights)
+
+
+def test_progress_is_shown_on_request(tmp_path, monkeypatch, published, capsys):
+    monkeypatch.setenv("no_proxy", "*")
+    with Server() as server:
+        monkeypatch.setattr("convmlp.zoo.MIRRORS", (f"{server.url}/",))
+        body = page(saved(published, tmp_path / "file.pth").read_bytes())
+        server.pages = {"/convmlp_s_imagenet.pth": body, "/convmlp_m_imagenet.pth": body}
+        create("convmlp_s", pretrained=True)
+        assert "%" not in capsys.readouterr().err
+        create_timm_model("convmlp_m", pretrained=True, progress=True, **SMALL)
+        assert "100%" in capsys.readouterr().err
+
+
+def test_a_baseline_has_no_published_weights():
+    with pytest.raises(RunError, match="--model pure_mlp_s: there are no published weights"):
+        create_timm_model("pure_mlp_s", pretrained=True)
 
 
 @each_variant
 def test_pretrained_adapts_input_channels_and_classes(variant, cached):
     weights = cached(variant)
-    model = timm.create_model(variant, pretrained=True, in_chans=1, num_classes=5)
+    model = create(variant, pretrained=True, in_chans=1, num_classes=5)
     assert_holds(model, weights, but=("head.", FIRST_CONV))
     assert torch.allclose(model.state_dict()[FIRST_CONV], weights[FIRST_CONV].sum(1, keepdim=True), atol=1e-6)
-    assert model.head.weight.shape == (5, WIDTHS[variant][-1])
+    assert model.head.weight.shape == (5, WIDTHS[-1])
     assert 0.015 < model.head.weight.std() < 0.025
     assert model.head.bias.count_nonzero() == 0
 
@@ -205,15 +258,15 @@ def test_pretrained_adapts_input_channels_and_classes(variant, cached):
 def test_input_channels_are_adapted_as_without_timm(in_chans, cached, caplog):
     cached("convmlp_s")
     with caplog.at_level(logging.WARNING):
-        model = timm.create_model("convmlp_s", pretrained=True, in_chans=in_chans)
+        model = create(pretrained=True, in_chans=in_chans)
     assert caplog.records == []
-    reference = convmlp.convmlp_s(pretrained=True, in_chans=in_chans).state_dict()
+    reference = convmlp.convmlp_s(pretrained=True, in_chans=in_chans, **SMALL).state_dict()
     torch.testing.assert_close(model.state_dict(), reference)
 
 
 def test_pretrained_without_classes_keeps_the_norm(cached):
     weights = cached("convmlp_s")
-    model = timm.create_model("convmlp_s", pretrained=True, num_classes=0)
+    model = create(pretrained=True, num_classes=0)
     assert_holds(model, weights)
     assert [name for name in weights if name not in model.state_dict()] == ["head.weight", "head.bias"]
 
@@ -221,13 +274,13 @@ def test_pretrained_without_classes_keeps_the_norm(cached):
 @torch.no_grad()
 def test_no_classes_gives_the_pre_logits_of_the_whole_model(cached):
     cached("convmlp_s")
-    whole = timm.create_model("convmlp_s", pretrained=True).eval()
+    whole = create(pretrained=True).eval()
     x = torch.randn(2, 3, 64, 96)
     features = whole.forward_features(x)
-    pooled = timm.create_model("convmlp_s", pretrained=True, num_classes=0).eval()
+    pooled = create(pretrained=True, num_classes=0).eval()
     assert_close(pooled(x), whole.forward_head(features, pre_logits=True))
     assert_close(whole.head(pooled(x)), whole(x))
-    unpooled = timm.create_model("convmlp_s", pretrained=True, num_classes=0, global_pool="").eval()
+    unpooled = create(pretrained=True, num_classes=0, global_pool="").eval()
     assert_close(unpooled(x), features)
     whole.reset_classifier(0)
     assert_close(whole(x), pooled(x))
@@ -243,50 +296,48 @@ def test_a_checkpoint_of_ones_own_classes_loads_whole(pretrained_cfg_overlay, ow
     file, weights = own_classes
     overlay = dict(file=file, **pretrained_cfg_overlay)
     with caplog.at_level(logging.WARNING):
-        model = timm.create_model("convmlp_s", pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
+        model = create(pretrained=True, num_classes=7, pretrained_cfg_overlay=overlay)
     assert_holds(model, weights)
     assert caplog.records == []
     assert model.default_cfg["num_classes"] == 7
     assert timm.get_pretrained_cfg("convmlp_s").num_classes == 1000
-    assert_holds(timm.create_model("convmlp_s", num_classes=7, checkpoint_path=file), weights)
+    assert_holds(create(num_classes=7, checkpoint_path=file), weights)
 
 
 def test_a_checkpoint_of_other_classes_leaves_a_fresh_head_and_says_so(own_classes, caplog):
     file, weights = own_classes
     with caplog.at_level(logging.WARNING):
-        model = timm.create_model(
-            "convmlp_s", pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file=file, num_classes=3)
-        )
+        model = create(pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file=file, num_classes=3))
     assert_holds(model, weights, but=("head.",))
     assert 0.015 < model.head.weight.std() < 0.025
     assert "7 classes, the model 3" in caplog.text
 
 
 def test_a_checkpoint_of_ones_own_input_channels_loads_whole(tmp_path):
-    weights = random_weights("convmlp_s", in_chans=4, num_classes=7)
+    weights = random_weights(in_chans=4, num_classes=7)
     torch.save(weights, tmp_path / "own.pth")
     overlay = dict(file=str(tmp_path / "own.pth"))
     assert_holds(
-        timm.create_model("convmlp_s", pretrained=True, in_chans=4, num_classes=7, pretrained_cfg_overlay=overlay),
+        create(pretrained=True, in_chans=4, num_classes=7, pretrained_cfg_overlay=overlay),
         weights,
     )
 
 
-def test_cache_dir_is_where_the_file_is_looked_for(tmp_path, published):
-    file, weights = published("convmlp_s")
+def test_cache_dir_is_where_the_file_is_looked_for(tmp_path, published, cache):
     (tmp_path / "mine").mkdir()
-    os.link(file, tmp_path / "mine" / file.name)
-    assert_holds(timm.create_model("convmlp_s", pretrained=True, cache_dir=tmp_path / "mine"), weights)
+    saved(published, tmp_path / "mine" / "convmlp_s_imagenet.pth")
+    assert_holds(create(pretrained=True, cache_dir=tmp_path / "mine"), published)
+    assert list(cache.iterdir()) == []
 
 
-def test_the_file_of_another_variant_is_refused(published, cache):
-    file, _ = published("convmlp_s")
+def test_the_file_of_another_variant_is_refused(cache):
+    file = saved(convmlp.convmlp_s().state_dict(), cache / "convmlp_s_imagenet.pth")
     with pytest.raises(CheckpointError, match="It fits convmlp_s$"):
-        timm.create_model("convmlp_m", pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+        on_meta("convmlp_m", pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
     os.link(file, cache / "convmlp_m_imagenet.pth")
     for kwargs in ({}, dict(num_classes=5), dict(num_classes=0), dict(features_only=True)):
-        with pytest.raises(CheckpointError, match="It fits convmlp_s$"):
-            timm.create_model("convmlp_m", pretrained=True, **kwargs)
+        with pytest.raises(CheckpointError, match="convmlp_m_imagenet.pth does not fit .*It fits convmlp_s$"):
+            on_meta("convmlp_m", pretrained=True, **kwargs)
 
 
 @pytest.mark.parametrize("kwargs", [{}, dict(num_classes=5), dict(features_only=True)], ids=str)
@@ -294,10 +345,9 @@ def test_the_file_of_another_variant_is_refused(published, cache):
     "name", ["stages.1.blocks.0.connect.weight", FIRST_CONV, "conv_stages.conv_blocks.0.1.running_mean"]
 )
 def test_a_file_that_lacks_an_entry_is_refused(name, kwargs, published, cache):
-    _, weights = published("convmlp_s")
-    torch.save({k: v for k, v in weights.items() if k != name}, cache / "convmlp_s_imagenet.pth")
+    torch.save({k: v for k, v in published.items() if k != name}, cache / "convmlp_s_imagenet.pth")
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
-        timm.create_model("convmlp_s", pretrained=True, **kwargs)
+        create(pretrained=True, **kwargs)
 
 
 # Features
@@ -310,15 +360,15 @@ def test_features_are_the_maps_of_the_levels(feature_cls, out_indices, cached):
     cached("convmlp_s")
     levels = [i % 4 for i in out_indices or range(4)]
     options = dict(feature_cls=feature_cls, out_indices=out_indices)
-    model = timm.create_model("convmlp_s", pretrained=True, features_only=True, **options).eval()
+    model = create(pretrained=True, features_only=True, **options).eval()
     x = torch.randn(2, 3, 64, 97)
-    whole = timm.create_model("convmlp_s", pretrained=True).eval()
+    whole = create(pretrained=True).eval()
     expected = whole.forward_intermediates(x, intermediates_only=True)
     actual = model(x)
     assert len(actual) == len(levels)
     for level, out in zip(levels, actual, strict=True):
         assert_close(out, expected[level])
-    assert model.feature_info.channels() == [WIDTHS["convmlp_s"][level] for level in levels]
+    assert model.feature_info.channels() == [WIDTHS[level] for level in levels]
     assert model.feature_info.reduction() == [(4, 8, 16, 32)[level] for level in levels]
 
 
@@ -328,18 +378,19 @@ def test_feature_shapes_are_nchw(variant, feature_cls):
     with torch.device("meta"):
         model = timm.create_model(variant, features_only=True, feature_cls=feature_cls)
         maps = model(torch.empty(2, 3, 96, 65))
-    shapes = [(2, c, h, w) for c, h, w in zip(WIDTHS[variant], (24, 12, 6, 3), (17, 9, 5, 3), strict=True)]
+    widths = [VARIANTS[variant]["channels"], *VARIANTS[variant]["dims"]]
+    shapes = [(2, c, h, w) for c, h, w in zip(widths, (24, 12, 6, 3), (17, 9, 5, 3), strict=True)]
     assert [tuple(m.shape) for m in maps] == shapes
-    assert model.feature_info.channels() == WIDTHS[variant]
+    assert model.feature_info.channels() == widths
 
 
 def test_features_keep_only_the_layers_they_need(cached):
     weights = cached("convmlp_s")
-    model = timm.create_model("convmlp_s", pretrained=True, features_only=True, out_indices=(0, 1), in_chans=4)
+    model = create(pretrained=True, features_only=True, out_indices=(0, 1), in_chans=4)
     own = {name.removeprefix("model."): value for name, value in model.state_dict().items()}
     assert list(own) == [name for name in weights if name.startswith(("tokenizer.", "conv_stages."))]
     assert [name for name in own if name != FIRST_CONV and not own[name].equal(weights[name])] == []
-    assert [tuple(m.shape) for m in model(torch.randn(1, 4, 32, 32))] == [(1, 64, 8, 8), (1, 128, 4, 4)]
+    assert [tuple(m.shape) for m in model(torch.randn(1, 4, 32, 32))] == [(1, 4, 8, 8), (1, 8, 4, 4)]
 
 
 def test_levels_that_do_not_exist_are_refused():
@@ -406,7 +457,7 @@ def returned() -> dict[str, str]:
 @torch.no_grad()
 def test_fx_features_equal_the_models(cached, returned):
     cached("convmlp_s")
-    model = timm.create_model("convmlp_s", pretrained=True).eval()
+    model = create(pretrained=True).eval()
     extractor = create_feature_extractor(model, returned, suppress_diff_warning=True).eval()
     x = torch.randn(2, 3, 64, 97)
     outputs = extractor(x)
@@ -417,9 +468,8 @@ def test_fx_features_equal_the_models(cached, returned):
 
 
 @pytest.mark.parametrize("drop_path_rate", [0.0, 0.3])
-@each_variant
-def test_fx_training_reaches_every_parameter(variant, drop_path_rate, returned):
-    model = timm.create_model(variant, num_classes=4, drop_path_rate=drop_path_rate).train()
+def test_fx_training_reaches_every_parameter(drop_path_rate, returned):
+    model = create(num_classes=4, drop_path_rate=drop_path_rate).train()
     extractor = create_feature_extractor(model, returned, suppress_diff_warning=True).train()
     x = torch.randn(2, 3, 32, 32)
     torch.manual_seed(0)
@@ -434,3 +484,47 @@ def test_fx_training_reaches_every_parameter(variant, drop_path_rate, returned):
     assert [name for name, p in parameters.items() if p.grad is None or not p.grad.isfinite().all()] == []
     if not drop_path_rate:
         assert [name for name, p in parameters.items() if p.grad.count_nonzero() == 0] == []
+
+
+# Checkpoints of one's own, for any model of timm
+
+
+@pytest.mark.parametrize("make", [lambda: create(num_classes=3), lambda: timm.create_model("resnet10t", num_classes=3)])
+def test_weights_of_ones_own_bring_their_normalisation(make):
+    source, model = make(), make()
+    config = {"mean": [0.1, 0.2, 0.3], "std": "none"}
+    load_weights(model, {"state_dict": source.state_dict(), "data_config": config}, "own.pth")
+    assert_holds(model, source.state_dict())
+    assert model.pretrained_cfg["mean"] == [0.1, 0.2, 0.3] and model.pretrained_cfg["std"] == (0.229, 0.224, 0.225)
+
+
+@pytest.mark.parametrize("make", [lambda: create(num_classes=3), lambda: timm.create_model("resnet10t", num_classes=3)])
+@pytest.mark.parametrize(
+    ("own", "wanted", "message"),
+    [
+        (list("abc"), list("abcd"), "own.pth has 3 classes, the data 4"),
+        (list("abc"), ["b", "a", "c"], r"own.pth knows other classes \(a, b, c, ...\) than the data has"),
+    ],
+)
+def test_other_classes_are_an_error_or_a_fresh_head(make, own, wanted, message, caplog):
+    source, model = make(), make()
+    model.reset_classifier(len(wanted))
+    checkpoint = {"state_dict": source.state_dict(), "class_names": own}
+    with pytest.raises(RunError, match=f"^{message}$"):
+        load_weights(model, checkpoint, "own.pth", class_names=wanted)
+    head = model.get_classifier().weight.clone()
+    with caplog.at_level(logging.WARNING):
+        load_weights(model, checkpoint, "own.pth", class_names=wanted, new_head=True)
+    assert "the head starts afresh" in caplog.text
+    assert model.get_classifier().weight.equal(head)
+    name = model.pretrained_cfg["classifier"]
+    assert_holds(model, source.state_dict(), but=(f"{name}.",))
+
+
+def test_weights_that_do_not_fit_a_model_of_timm_are_named():
+    model = timm.create_model("resnet10t", num_classes=3)
+    weights = model.state_dict()
+    with pytest.raises(CheckpointError, match="own.pth does not fit the model: .*fc.bias"):
+        load_weights(model, {key: value for key, value in weights.items() if key != "fc.bias"}, "own.pth")
+    with pytest.raises(CheckpointError, match="fc.bias is complex64, the model has float32"):
+        load_weights(model, {**weights, "fc.bias": weights["fc.bias"].to(torch.complex64)}, "own.pth")

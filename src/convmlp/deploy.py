@@ -1,7 +1,6 @@
 """Models made ready for inference: `prepare` for speed, `fold_batchnorm` alone for what goes to a file."""
 
 import copy
-import importlib.util
 import logging
 import os
 import shutil
@@ -17,6 +16,9 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils._pytree import tree_map_only
 
+from .common.errors import one_line
+from .common.packages import missing, pip_line
+
 _logger = logging.getLogger(__name__)
 
 Run = Callable[[torch.Tensor], Any]
@@ -28,6 +30,9 @@ DTYPES = {
     "onnxruntime": (torch.float32,),
     "openvino": (torch.float32, torch.bfloat16),
 }
+
+# What each back end needs besides PyTorch
+PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript"), "openvino": ("openvino",)}
 
 
 def prepare(
@@ -58,8 +63,27 @@ def prepare(
             example, or an example that is no image batch.
         RuntimeError: a back end named explicitly that is not installed or fails.
     """
+    device = _check_request(model, dtype, example_input, backend)
+    network = _Network(fold_batchnorm(model), dtype)
+    if backend == "eager" or example_input is None or (backend == "auto" and not _can_compile(device)):
+        return Prepared(network, "eager")
+    # a new tensor: one made in inference mode would fail in the compiler
+    example = torch.empty(example_input.shape, device=device).copy_(example_input)
+    try:
+        return Prepared(network, *_compile(network, example, "inductor" if backend == "auto" else backend))
+    except Exception as error:  # of compilers, which raise anything
+        if backend != "auto":
+            raise RuntimeError(f"the back end {backend} fails on this model: {one_line(error)}") from error
+        _logger.warning("not compiled, so slower than could be: %s", one_line(error))
+        return Prepared(network, "eager")
+
+
+def _check_request(
+    model: nn.Module, dtype: torch.dtype, example_input: torch.Tensor | None, backend: str
+) -> torch.device:
+    """Raise what `prepare` promises for what it cannot do; returns the device of the model."""
     if backend not in ("auto", *DTYPES):
-        raise ValueError(f"backend is one of auto, {', '.join(DTYPES)}, got {backend!r}")
+        raise ValueError(f"backend must be one of auto, {', '.join(DTYPES)}, got {backend!r}")
     if dtype not in DTYPES["eager" if backend == "auto" else backend]:
         raise ValueError(f"the back end {backend} cannot compute in {dtype}")
     if backend not in ("auto", "eager") and example_input is None:
@@ -69,26 +93,9 @@ def prepare(
     device = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
     if backend in ("onnxruntime", "openvino") and device.type != "cpu":
         raise ValueError(f"the back end {backend} is for models on a CPU here, got one on {device}")
-
-    network = _Network(fold_batchnorm(model), dtype)
-    if backend == "eager" or example_input is None:
-        return Prepared(network, "eager")
-    # a new tensor, lest one made in inference mode follows into the compiler
-    example = torch.empty(example_input.shape, device=device).copy_(example_input)
-    if backend == "auto":
-        if device.type == "cpu" and not _has_cpp_compiler():
-            _logger.warning("not compiled, so slower than could be: there is no C++ compiler (g++, clang++ or $CXX)")
-            return Prepared(network, "eager")
-        if device.type not in ("cpu", "cuda"):
-            return Prepared(network, "eager")
-    try:
-        return Prepared(network, *_compile(network, example, "inductor" if backend == "auto" else backend))
-    except Exception as error:  # of compilers, which raise anything
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        if backend != "auto":
-            raise RuntimeError(f"the back end {backend} fails on this model: {reason}") from error
-        _logger.warning("not compiled, so slower than could be: %s", reason)
-        return Prepared(network, "eager")
+    if absent := missing(*PACKAGES.get(backend, ())):
+        raise RuntimeError(f"the back end {backend} needs a missing package: {pip_line(*absent)}")
+    return device
 
 
 class Prepared(nn.Module):
@@ -159,8 +166,14 @@ class _Network(nn.Module):
         return tree_map_only(torch.Tensor, torch.Tensor.float, outputs)
 
 
-def _has_cpp_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+def _can_compile(device: torch.device) -> bool:
+    """Whether inductor is worth a try on a device; that a compiler is missing is logged."""
+    if device.type == "cpu" and not any(
+        shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")
+    ):
+        _logger.warning("not compiled, so slower than could be: there is no C++ compiler (g++, clang++ or $CXX)")
+        return False
+    return device.type in ("cpu", "cuda")
 
 
 @torch.no_grad()
@@ -169,7 +182,7 @@ def _compile(network: _Network, example: torch.Tensor, backend: str) -> tuple[st
         run = _cuda_graphs(network)
     else:
         run = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}[backend](network, example)
-    run(example)  # what fails shall fail here
+    run(example)  # what fails must fail here
     return backend, run, example.shape
 
 
@@ -192,7 +205,6 @@ def _cuda_graphs(network: _Network) -> Run:
 
 
 def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
-    _require("onnxruntime", "onnx", "onnxscript")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -211,7 +223,6 @@ def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
 
 
 def _openvino(network: _Network, example: torch.Tensor) -> Run:
-    _require("openvino")
     import openvino
 
     plain = _Network(copy.deepcopy(network.model), torch.float32)  # OpenVINO rounds by itself
@@ -230,9 +241,3 @@ def _openvino(network: _Network, example: torch.Tensor) -> Run:
         return outputs[0] if len(outputs) == 1 else outputs
 
     return run
-
-
-def _require(*packages: str) -> None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    if missing:
-        raise ModuleNotFoundError(f"missing: pip install {' '.join(missing)}")

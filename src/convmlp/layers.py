@@ -4,10 +4,7 @@ Shapes: b batch, h and w spatial, c or dim channels. Stages take and give maps a
 inside work channels last, (b, h, w, dim). Attribute names are those of the published checkpoints.
 """
 
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -54,27 +51,10 @@ class Tokenizer(nn.Module):
         return self.block(x)
 
 
-class PatchMerging(nn.Module):
-    """One linear layer over each square patch: (b, dim, h, w) -> (b, out_dim, h/size, w/size), rounded up.
-
-    Stands in for the tokenizer and for downsampling where convolutions are switched off. Patches do not overlap, so a
-    convolution whose stride is its size computes just that; what is missing at the lower right edge counts as zero.
-    """
-
-    def __init__(self, dim: int, out_dim: int, size: int):
-        super().__init__()
-        self.size = size
-        self.projection = nn.Conv2d(dim, out_dim, size, stride=size)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h, w = x.shape[-2:]
-        return self.projection(F.pad(x, (0, -w % self.size, 0, -h % self.size)))
-
-
 class ConvStage(nn.Module):
     """Residual bottlenecks, then downsampling: (b, dim, h, w) -> (b, out_dim, h/2, w/2)."""
 
-    def __init__(self, dim: int, out_dim: int, n_blocks: int, conv_downsample: bool = True):
+    def __init__(self, dim: int, out_dim: int, n_blocks: int):
         super().__init__()
         self.conv_blocks = nn.ModuleList(
             nn.Sequential(
@@ -84,9 +64,7 @@ class ConvStage(nn.Module):
             )
             for _ in range(n_blocks)
         )
-        self.downsample = (
-            nn.Conv2d(dim, out_dim, 3, stride=2, padding=1) if conv_downsample else PatchMerging(dim, out_dim, 2)
-        )
+        self.downsample = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for block in self.conv_blocks:
@@ -113,13 +91,13 @@ class ConvMLPBlock(nn.Module):
     The convolution ("connect") has no residual of its own: it is the one place where positions mix.
     """
 
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float, dilation: int = 1):
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
         super().__init__()
         hidden_dim = int(dim * mlp_ratio)
         self.norm1 = nn.LayerNorm(dim)
         self.channel_mlp1 = ChannelMLP(dim, hidden_dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.connect = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, bias=False)
+        self.connect = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.connect_norm = nn.LayerNorm(dim)
         self.channel_mlp2 = ChannelMLP(dim, hidden_dim)
         self.drop_path = DropPath(drop_path)
@@ -130,29 +108,12 @@ class ConvMLPBlock(nn.Module):
         return x + self.drop_path(self.channel_mlp2(self.norm2(x)))
 
 
-class ChannelMLPBlock(nn.Module):
-    """Channel MLP, channel MLP: (b, h, w, dim) -> same. The block of Pure-MLP, in which positions never mix."""
-
-    def __init__(self, dim: int, mlp_ratio: float, drop_path: float):
-        super().__init__()
-        hidden_dim = int(dim * mlp_ratio)
-        self.norm1 = nn.LayerNorm(dim)
-        self.channel_mlp1 = ChannelMLP(dim, hidden_dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.channel_mlp2 = ChannelMLP(dim, hidden_dim)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.channel_mlp1(self.norm1(x)))
-        return x + self.drop_path(self.channel_mlp2(self.norm2(x)))
-
-
 class Downsample(nn.Module):
-    """3x3 convolution with bias: (b, dim, h, w) -> (b, out_dim, h/stride, w/stride)."""
+    """3x3 convolution with bias: (b, dim, h, w) -> (b, out_dim, h/2, w/2)."""
 
-    def __init__(self, dim: int, out_dim: int, stride: int = 2, dilation: int = 1):
+    def __init__(self, dim: int, out_dim: int):
         super().__init__()
-        self.downsample = nn.Conv2d(dim, out_dim, 3, stride, padding=dilation, dilation=dilation)
+        self.downsample = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.downsample(x)
@@ -162,34 +123,16 @@ class ConvMLPStage(nn.Module):
     """Conv-MLP blocks, then downsampling unless `out_dim` is None: (b, dim, h, w) -> (b, out_dim, h/2, w/2).
 
     Stochastic depth rises linearly from 0 to `drop_path_rate` over the blocks of this stage: the reference restarts
-    its ramp in every stage. `stride` of 1 keeps h and w; `dilation` spreads the 3x3 convolutions over a map that
-    earlier stages have kept so.
+    its ramp in every stage.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int | None,
-        n_blocks: int,
-        mlp_ratio: float,
-        drop_path_rate: float,
-        conv_downsample: bool = True,
-        spatial_connect: bool = True,
-        stride: int = 2,
-        dilation: int = 1,
-    ):
+    def __init__(self, dim: int, out_dim: int | None, n_blocks: int, mlp_ratio: float, drop_path_rate: float):
         super().__init__()
         self.grad_checkpointing = False
-        block = partial(ConvMLPBlock, dilation=dilation) if spatial_connect else ChannelMLPBlock
         self.blocks = nn.ModuleList(
-            block(dim, mlp_ratio, drop_path_rate * i / max(n_blocks - 1, 1)) for i in range(n_blocks)
+            ConvMLPBlock(dim, mlp_ratio, drop_path_rate * i / max(n_blocks - 1, 1)) for i in range(n_blocks)
         )
-        if out_dim is None:
-            self.downsample_mlp: nn.Module = nn.Identity()
-        elif conv_downsample:
-            self.downsample_mlp = Downsample(dim, out_dim, stride, dilation)
-        else:
-            self.downsample_mlp = PatchMerging(dim, out_dim, 2)
+        self.downsample_mlp = nn.Identity() if out_dim is None else Downsample(dim, out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.permute(0, 2, 3, 1).contiguous()  # free for a channels_last input; otherwise one copy a stage

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layers import ConvMLPStage, ConvStage, PatchMerging, Tokenizer
+from .layers import ConvMLPStage, ConvStage, Tokenizer
 
 POOLINGS = ("avg", "max", "avgmax", "")
 
@@ -30,14 +30,6 @@ class ConvMLP(nn.Module):
         global_pool: 'avg', 'max', 'avgmax' (their mean), or '' with num_classes=0 for the unpooled map.
         final_norm: LayerNorm after the last stage. By default it comes and goes with the head, as in the
             reference; True keeps it without one, as timm's users expect of num_classes=0.
-        conv_stage: False replaces the tokenizer by a linear layer over 4x4 patches, and the bottlenecks of the
-            convolution stage by as many Conv-MLP blocks of width `channels`.
-        conv_downsample: False replaces the strided convolutions by linear layers over 2x2 patches.
-        spatial_connect: False leaves out the depthwise convolution of the Conv-MLP blocks, and its norm. With all
-            three False the model is the paper's Pure-MLP baseline, see docs/ablation.md.
-        output_stride: Stride of the last map, by default 8 doubled by every stage but the last: 32 for three stages.
-            With a smaller one, from 8 up, the later stages keep their resolution and dilate their convolutions
-            instead, for decoders such as DeepLab's; the weights are the same. Needs `conv_downsample`.
 
     Raises:
         ValueError: sequences of unequal length, a value out of range, or an unknown pooling.
@@ -59,68 +51,44 @@ class ConvMLP(nn.Module):
         drop_path_rate: float = 0.1,
         global_pool: str = "avg",
         final_norm: bool | None = None,
-        conv_stage: bool = True,
-        conv_downsample: bool = True,
-        spatial_connect: bool = True,
-        output_stride: int | None = None,
     ):
         super().__init__()
         blocks, dims, mlp_ratios = tuple(blocks), tuple(dims), tuple(mlp_ratios)
         if not len(blocks) == len(dims) == len(mlp_ratios) > 0:
-            raise ValueError(f"one entry a stage is needed in each, got {blocks=}, {dims=}, {mlp_ratios=}")
+            raise ValueError(f"each stage needs one entry in each, got {blocks=}, {dims=}, {mlp_ratios=}")
         if channels < 2 or channels % 2:
-            raise ValueError(f"the tokenizer needs an even width, got {channels=}")
-        widths = [*zip(dims, mlp_ratios, strict=True), *([] if conv_stage else [(channels, mlp_ratios[0])])]
-        hidden_dims = [dim * mlp_ratio for dim, mlp_ratio in widths]
-        if min(*blocks, n_conv_blocks) < 0 or min(dims) < 1 or not all(1 <= dim < math.inf for dim in hidden_dims):
-            raise ValueError(
-                f"no negative counts, no empty widths, got {blocks=}, {n_conv_blocks=}, {dims=}, {mlp_ratios=}"
-            )
-        if in_chans < 1 or num_classes < 0:
-            raise ValueError(f"got {in_chans=}, {num_classes=}")
+            raise ValueError(f"the width of the tokenizer must be even, got {channels=}")
+        hidden_dims = [dim * mlp_ratio for dim, mlp_ratio in zip(dims, mlp_ratios, strict=True)]
+        if not all(1 <= width < math.inf for width in (*dims, *hidden_dims)):
+            raise ValueError(f"widths must be at least 1, got {dims=}, {mlp_ratios=}")
+        if min(*blocks, n_conv_blocks, num_classes, in_chans - 1) < 0:
+            raise ValueError(f"a count is out of range, got {blocks=}, {n_conv_blocks=}, {num_classes=}, {in_chans=}")
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
-            raise ValueError(f"rates lie in [0, 1), got {drop_rate=}, {drop_path_rate=}")
-        strides = [8 * 2**i for i in range(len(dims))]  # of the maps that the stages take
-        if output_stride is None:
-            output_stride = strides[-1]
-        if not isinstance(output_stride, int) or output_stride not in strides:
-            raise ValueError(f"output_stride is one of {', '.join(map(str, strides))}, got {output_stride!r}")
-        if output_stride < strides[-1] and not conv_downsample:
-            raise ValueError(f"linear layers over patches cannot dilate, got {output_stride=} with {conv_downsample=}")
+            raise ValueError(f"rates must be at least 0 and below 1, got {drop_rate=}, {drop_path_rate=}")
         if not classifier_head:
             num_classes = 0
         self.in_chans = in_chans
+        self.mlp_ratios = mlp_ratios
+        self.drop_path_rate = drop_path_rate
         self.num_features = self.head_hidden_size = dims[-1]
         self.classifier_head = classifier_head
+        self.feature_info = _feature_info(channels, dims)
 
-        def mlp_stage(
-            dim: int, out_dim: int | None, n_blocks: int, mlp_ratio: float, in_stride: int = 4
-        ) -> ConvMLPStage:
-            stride = 2 if in_stride < output_stride else 1
-            dilation = max(in_stride // output_stride, 1)
-            return ConvMLPStage(
-                dim, out_dim, n_blocks, mlp_ratio, drop_path_rate, conv_downsample, spatial_connect, stride, dilation
-            )
-
-        if conv_stage:
-            self.tokenizer: nn.Module = Tokenizer(in_chans, channels)
-            self.conv_stages: nn.Module = ConvStage(channels, dims[0], n_conv_blocks, conv_downsample)
-        else:
-            self.tokenizer = PatchMerging(in_chans, channels, 4)
-            self.conv_stages = mlp_stage(channels, dims[0], n_conv_blocks, mlp_ratios[0])
+        self.tokenizer: nn.Module = Tokenizer(in_chans, channels)
+        self.conv_stages: nn.Module = ConvStage(channels, dims[0], n_conv_blocks)
         self.stages = nn.ModuleList(
-            mlp_stage(*settings) for settings in zip(dims, [*dims[1:], None], blocks, mlp_ratios, strides, strict=True)
+            ConvMLPStage(dim, out_dim, n_blocks, mlp_ratio, drop_path_rate)
+            for dim, out_dim, n_blocks, mlp_ratio in zip(dims, [*dims[1:], None], blocks, mlp_ratios, strict=True)
         )
         has_norm = num_classes > 0 if final_norm is None else final_norm
         self.norm = nn.LayerNorm(dims[-1]) if has_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.feature_info = _feature_info(channels, dims, output_stride)
-        self.apply(_init_weights)
+        self.apply(init_weights)
         self._set_head(num_classes, global_pool)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
         if global_pool not in POOLINGS:
-            raise ValueError(f"global_pool is one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}")
+            raise ValueError(f"global_pool must be one of {', '.join(map(repr, POOLINGS))}, got {global_pool!r}")
         if num_classes < 0:
             raise ValueError(f"got {num_classes=}")
         if num_classes and not global_pool:
@@ -128,7 +96,7 @@ class ConvMLP(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.head.apply(_init_weights)
+        self.head.apply(init_weights)
 
     def parts(self) -> dict[str, nn.Module]:
         """What an image runs through before norm and head, in order, by name: tokenizer, conv_stages, stages.0, ..."""
@@ -163,6 +131,8 @@ class ConvMLP(nn.Module):
             return x.permute(0, 2, 3, 1)
         return self.forward_head(x)
 
+    # timm's protocol for features, heads and training
+
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -186,7 +156,7 @@ class ConvMLP(nn.Module):
             (features, maps): features as `forward_features` gives them (with `stop_early`, the deepest map asked for).
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt is 'NCHW' or 'NHWC', got {output_fmt!r}")
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         wanted = self._levels(indices)
         names = [info["module"] for info in self.feature_info]
         deepest = names[max(wanted)]
@@ -275,19 +245,17 @@ class ConvMLP(nn.Module):
         return set()
 
 
-def _feature_info(channels: int, dims: Sequence[int], output_stride: int) -> list[dict[str, Any]]:
-    """The last map of each width: four levels, strides 4 to 32 or `output_stride`, for the paper's three stages."""
-    infos = [
-        dict(num_chs=channels, reduction=4, module="tokenizer"),
-        dict(num_chs=dims[0], reduction=8, module="conv_stages"),
+def _feature_info(channels: int, dims: Sequence[int]) -> list[dict[str, Any]]:
+    """The last map of each width: four levels, strides 4 to 32, for the paper's three stages."""
+    modules = ["tokenizer", "conv_stages", *(f"stages.{i}" for i in range(len(dims) - 1))]
+    modules[-1] = f"stages.{len(dims) - 1}"  # it does not downsample: its map replaces the one that it starts from
+    return [
+        dict(num_chs=width, reduction=4 * 2**i, module=module)
+        for i, (width, module) in enumerate(zip([channels, *dims], modules, strict=True))
     ]
-    for i, out_dim in enumerate([*dims[1:], dims[-1]]):
-        infos.append(dict(num_chs=out_dim, reduction=min(16 * 2**i, output_stride), module=f"stages.{i}"))
-    del infos[-2]  # the last stage has no downsampling: its map replaces the one it starts from
-    return infos
 
 
-def _init_weights(module: nn.Module) -> None:
+def init_weights(module: nn.Module) -> None:
     """The reference's initialisation; convolution biases keep PyTorch's default."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

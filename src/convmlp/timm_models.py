@@ -3,19 +3,22 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torchvision.datasets import Flowers102
 
-from .common.errors import CheckpointError, RunError, suggest
+from .common.configs import config_folder
+from .common.errors import CheckpointError, RunError, one_line, plural, suggest
 from .model import ConvMLP
-from .variations import PURE_MLPS
-from .weights import adapt_state_dict, download, extract_state_dict, list_other_types, load_pretrained, shorten
-from .zoo import MIRRORS, VARIANTS, checkpoint_urls
+from .variations import PURE_MLPS, build
+from .weights import adapt_state_dict, download, extract_state_dict, list_other_types, read_checkpoint, shorten
+from .zoo import VARIANTS, checkpoint_urls, variant_of
 
 _logger = logging.getLogger(__name__)
 
@@ -23,19 +26,6 @@ SOURCES = ("local-dir:", "hf-hub:")
 
 # An nn.Module with what timm sets on its models and nn.Module does not declare: pretrained_cfg, num_classes, ...
 TimmModel = Any
-
-# Settings of the fine-tuned checkpoints that differ from ImageNet's. torchvision knows the names of these classes from
-# 0.22 on, and those of CIFAR only with its files.
-_FINE_TUNED: dict[str, dict[str, Any]] = {
-    "cifar10": dict(num_classes=10, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(num_classes=100, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761)),
-    "flowers102": dict(
-        num_classes=102,
-        mean=(0.4353, 0.3773, 0.2872),
-        std=(0.2966, 0.2455, 0.2698),
-        label_names=getattr(Flowers102, "classes", None),
-    ),
-}
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:
@@ -57,20 +47,41 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _published(variant: str, dataset: str = "imagenet", **kwargs: Any) -> dict[str, Any]:
-    return _cfg(url=checkpoint_urls(variant, dataset)[0], **kwargs)
+def _fine_tuned(dataset: str) -> dict[str, Any]:
+    """What the config of a data set says of its classes and of how its images are normalised."""
+    config = yaml.safe_load((config_folder() / f"classification/_base_/{dataset}.yml").read_text(encoding="utf-8"))
+    names = getattr(Flowers102, "classes", None) if dataset == "flowers102" else None  # from torchvision 0.22 on
+    return dict(
+        num_classes=config["num_classes"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_pct=1.0,
+        label_names=names,
+    )
 
+
+# By the tag of timm: the name in the file, and the settings that differ from ImageNet's
+_DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "in1k": ("imagenet", {}),
+    **{f"in1k_ft_{name}": (name, _fine_tuned(name)) for name in ("cifar10", "cifar100", "flowers102")},
+}
+
+# By the address that timm's tables have, which is that of the first mirror: what `checkpoint_urls` takes
+_PUBLISHED = {
+    checkpoint_urls(variant, dataset)[0]: (variant, dataset)
+    for variant in VARIANTS
+    for dataset, _ in _DATASETS.values()
+}
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"{v}.in1k": _published(v) for v in VARIANTS},
         **{
-            f"{v}.in1k_ft_{dataset}": _published(v, dataset, crop_pct=1.0, **settings)
-            for v in VARIANTS
-            for dataset, settings in _FINE_TUNED.items()
+            f"{variant}.{tag}": _cfg(url=checkpoint_urls(variant, dataset)[0], **settings)
+            for variant in VARIANTS
+            for tag, (dataset, settings) in _DATASETS.items()
         },
-        **{f"{v}_classification.in1k": _published(v) for v in VARIANTS},
-        **{v: _cfg(first_conv="tokenizer.projection") for v in (*PURE_MLPS, "pure_mlp")},
+        **{f"{variant}_classification.in1k": _cfg(url=checkpoint_urls(variant)[0]) for variant in VARIANTS},
+        **{variant: _cfg(first_conv="tokenizer.projection") for variant in (*PURE_MLPS, "pure_mlp")},
     }
 )
 
@@ -82,7 +93,7 @@ def _fit(state_dict: dict[str, torch.Tensor], model: TimmModel) -> dict[str, tor
     So the table is told what the file holds, and a checkpoint of one's own classes loads whole.
     """
     state_dict = extract_state_dict(state_dict)
-    adapted = adapt_state_dict(state_dict, model)
+    adapted = adapt_state_dict(state_dict, model, name=model.pretrained_cfg.get("file") or "the checkpoint")
     first_conv = f"{model.pretrained_cfg['first_conv']}.weight"
     adapted[first_conv] = state_dict[first_conv]  # input channels are timm's to adapt
     if "head.weight" in state_dict:  # timm's loader goes on with this very dict
@@ -90,23 +101,41 @@ def _fit(state_dict: dict[str, torch.Tensor], model: TimmModel) -> dict[str, tor
     return adapted
 
 
+def _published_file(
+    name: str, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | Path | None, progress: bool
+) -> Path | None:
+    """The published file that timm would load, from any of its mirrors, or None where it would load another one."""
+    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
+    if cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.url not in _PUBLISHED:
+        return None
+    folder = Path(cache_dir) if cache_dir else None
+    path = download(checkpoint_urls(*_PUBLISHED[cfg.url]), progress, folder=folder)
+    read_checkpoint(path)  # timm would not notice flipped bits
+    return path
+
+
 def _create(
     name: str,
     pretrained: bool = False,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
+    progress: bool = False,
     **kwargs: Any,
 ) -> ConvMLP:
-    known = {**VARIANTS, **PURE_MLPS, "pure_mlp": PURE_MLPS["pure_mlp_s"]}
-    settings = {**known[name.removesuffix("_classification")], "final_norm": True, **kwargs}
+    settings = {**{**VARIANTS, **PURE_MLPS}[str(variant_of(name))], "final_norm": True, **kwargs}
+    overlay = {**(settings.pop("pretrained_cfg_overlay", None) or {})}
     if not settings.get("conv_stage", True):
-        overlay = settings.get("pretrained_cfg_overlay") or {}
-        settings["pretrained_cfg_overlay"] = {**overlay, "first_conv": "tokenizer.projection"}
+        overlay["first_conv"] = "tokenizer.projection"
+    if pretrained:
+        source = settings.get("pretrained_cfg"), overlay, settings.get("cache_dir"), progress
+        if path := _published_file(name, *source):
+            overlay["file"] = str(path)
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
-            ConvMLP,
+            build,
             name,
             pretrained,
+            pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=_fit,
             feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
             **settings,
@@ -114,64 +143,22 @@ def _create(
     return model.to(dtype=dtype)
 
 
-@register_model
-def convmlp_s(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-S."""
-    return _create("convmlp_s", pretrained, **kwargs)
+def _register(name: str, description: str) -> None:
+    def create(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
+        return _create(name, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = description
+    globals()[name] = register_model(create)
 
 
-@register_model
-def convmlp_m(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-M."""
-    return _create("convmlp_m", pretrained, **kwargs)
-
-
-@register_model
-def convmlp_l(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-L."""
-    return _create("convmlp_l", pretrained, **kwargs)
-
-
-@register_model
-def convmlp_s_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-S under the name of the reference's recipes."""
-    return _create("convmlp_s_classification", pretrained, **kwargs)
-
-
-@register_model
-def convmlp_m_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-M under the name of the reference's recipes."""
-    return _create("convmlp_m_classification", pretrained, **kwargs)
-
-
-@register_model
-def convmlp_l_classification(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """ConvMLP-L under the name of the reference's recipes."""
-    return _create("convmlp_l_classification", pretrained, **kwargs)
-
-
-@register_model
-def pure_mlp(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """The same as pure_mlp_s."""
-    return _create("pure_mlp", pretrained, **kwargs)
-
-
-@register_model
-def pure_mlp_s(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """The Pure-MLP baseline of ConvMLP-S; there are no published weights."""
-    return _create("pure_mlp_s", pretrained, **kwargs)
-
-
-@register_model
-def pure_mlp_m(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """The Pure-MLP baseline of ConvMLP-M; there are no published weights."""
-    return _create("pure_mlp_m", pretrained, **kwargs)
-
-
-@register_model
-def pure_mlp_l(pretrained: bool = False, **kwargs: Any) -> ConvMLP:
-    """The Pure-MLP baseline of ConvMLP-L; there are no published weights."""
-    return _create("pure_mlp_l", pretrained, **kwargs)
+for _variant in VARIANTS:
+    _title = f"ConvMLP-{_variant[-1].upper()}"
+    _register(_variant, f"{_title}.")
+    _register(f"{_variant}_classification", f"{_title} under the name of the reference's recipes.")
+    _baseline = f"The Pure-MLP baseline of {_title}; there are no published weights."
+    _register(_variant.replace("conv", "pure_"), _baseline)
+_register("pure_mlp", "The same as pure_mlp_s.")
 
 
 # Any model of timm, by its name
@@ -199,28 +186,24 @@ def layer_names(name: str) -> tuple[str, str]:
 def create_timm_model(
     name: str, pretrained: bool = False, progress: bool = False, option: str = "--model", **settings: Any
 ) -> TimmModel:
-    """timm's create_model with one-line errors; our published weights come from any of their mirrors.
+    """timm's create_model with one-line errors.
 
     Raises:
         RunError: an unknown name, or settings that the model does not take.
         CheckpointError: the published weights cannot be had.
     """
     check_name(option, name)
-    urls = [mirror + published_file(name) for mirror in MIRRORS] if pretrained and is_ours(name) else []
-    if pretrained and not urls and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
-        raise RunError(f"{option} {name}: there are no published weights of it, only a checkpoint of your own can do")
-    if urls:
-        download(urls, progress)
+    if pretrained and not name.startswith(SOURCES) and not timm.is_model_pretrained(name):
+        raise RunError(f"{option} {name}: there are no published weights; pass a checkpoint of your own")
+    if variant_of(name):
+        settings["progress"] = progress
     try:
-        model: TimmModel = timm.create_model(name, pretrained=pretrained and not urls, **settings)
+        return timm.create_model(name, pretrained=pretrained, **settings)
     except CheckpointError:
         raise
     except Exception as error:  # of models that are not ours, in a hundred files
         _logger.debug("creating the model failed", exc_info=True)
-        raise RunError(f"{option} {name}: {' '.join(str(error).split())[:300]}") from error
-    if urls:
-        load_pretrained(model, urls)
-    return model
+        raise RunError(f"{option} {name}: {one_line(error)}") from error
 
 
 def check_name(option: str, name: str) -> None:
@@ -229,27 +212,16 @@ def check_name(option: str, name: str) -> None:
         return
     if not timm.is_model(name):
         raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
-    tags = timm.list_pretrained(f"{name.split('.')[0]}.*")
-    if "." in name and name not in tags:
-        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + name.split('.')[0]}")
+    architecture, _, tag = name.partition(".")
+    tags = timm.list_pretrained(f"{architecture}.*")
+    if tag and name not in tags:
+        raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + architecture}")
 
 
 def check_source(name: str, path: str) -> None:
-    """A checkpoint alone does not make anything be fetched from elsewhere."""
+    """Make sure that a checkpoint alone does not make anything be fetched from elsewhere."""
     if name.startswith(SOURCES):
         raise RunError(f"{path} says that its model is {name}, which lies elsewhere: --model {name} allows that")
-
-
-def is_ours(name: str) -> bool:
-    """Whether a timm name is of a published ConvMLP."""
-    return name.split(".")[0].removesuffix("_classification") in VARIANTS
-
-
-def published_file(name: str) -> str:
-    """The file name of a ConvMLP's published weights."""
-    url = timm.get_pretrained_cfg_value(name, "url")
-    assert isinstance(url, str)  # all of ours have one
-    return url.rpartition("/")[2]
 
 
 def load_weights(
@@ -262,39 +234,58 @@ def load_weights(
 ) -> None:
     """Load a checkpoint that was read from `path`.
 
-    Where its classes are not `class_names`, in number or by name, the head starts afresh if `new_head`, else it is an
-    error. The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+
+    Args:
+        model: Any model of timm.
+        checkpoint: A state_dict, or a training checkpoint.
+        path: Where it comes from, for messages.
+        use_ema: Prefer the averaged weights where there are some.
+        class_names: Those of the data, if they matter.
+        new_head: Where the classes of the checkpoint differ, in number or by name, start the head afresh.
+
+    Raises:
+        RunError: the classes differ, without `new_head`.
+        CheckpointError: the weights do not fit.
     """
     state_dict = extract_state_dict(checkpoint, use_ema, name=path)
-    about: Any = checkpoint if isinstance(checkpoint, dict) else {}
-    config, names = about.get("data_config"), about.get("class_names")
-    for key in ("mean", "std"):
-        values = config.get(key) if isinstance(config, Mapping) else None
-        if values and isinstance(values, (list, tuple)) and all(isinstance(value, (int, float)) for value in values):
-            model.pretrained_cfg = {**model.pretrained_cfg, key: values}
-
+    about = checkpoint if isinstance(checkpoint, Mapping) else {}
+    model.pretrained_cfg = {**model.pretrained_cfg, **_normalisation(about)}
     classifier = model.pretrained_cfg["classifier"]
-    weight = state_dict.get(f"{classifier}.weight")
-    if (
-        class_names is not None
-        and weight is not None
-        and weight.ndim > 0
-        and (len(weight) != len(class_names) or (isinstance(names, list) and names != list(class_names)))
-    ):
-        message = f"{path} has {len(weight)} classes, the data {len(class_names)}"
-        if len(weight) == len(class_names):
-            message = f"{path} knows other classes ({', '.join(map(str, names[:3]))}, ...) than the data has"
-        if not new_head:
-            raise RunError(message)
-        _logger.warning(f"{message}: the head starts afresh")
+    difference = _other_classes(state_dict.get(f"{classifier}.weight"), about.get("class_names"), class_names)
+    if difference and not new_head:
+        raise RunError(f"{path} {difference}")
+    if difference:
+        _logger.warning(f"{path} {difference}: the head starts afresh")
         own = model.state_dict()
         state_dict |= {key: own[key] for key in own if key.startswith(f"{classifier}.")}
     if isinstance(model, ConvMLP):
         state_dict = adapt_state_dict(state_dict, model, name=path)
-    other_types = list_other_types(state_dict, model.state_dict())
-    if other_types:
+    if other_types := list_other_types(state_dict, model.state_dict()):
         raise CheckpointError(f"{path} does not fit the model: {shorten(other_types)}")
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from error
+        raise CheckpointError(f"{path} does not fit the model: {one_line(error, 400)}") from error
+
+
+def _normalisation(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The mean and std of a training checkpoint, as far as they are numbers."""
+    config = about.get("data_config")
+    values = {key: config.get(key) for key in ("mean", "std")} if isinstance(config, Mapping) else {}
+    return {
+        key: value
+        for key, value in values.items()
+        if value and isinstance(value, (list, tuple)) and all(isinstance(number, (int, float)) for number in value)
+    }
+
+
+def _other_classes(weight: torch.Tensor | None, names: Any, wanted: Sequence[str] | None) -> str:
+    """How the classes of a head differ from the wanted ones, in words, or ''."""
+    if wanted is None or weight is None or weight.ndim == 0:
+        return ""
+    if len(weight) != len(wanted):
+        return f"has {plural(len(weight), 'class')}, the data {len(wanted)}"
+    if isinstance(names, list) and names != list(wanted):
+        return f"knows other classes ({', '.join(map(str, names[:3]))}, ...) than the data has"
+    return ""

@@ -12,19 +12,19 @@ from inspect import signature
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.detection import FasterRCNN, MaskRCNN, RetinaNet
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelP6P7
 
 from . import zoo
+from .backbones import Freezable, check_choice, variant_settings
 from .common.errors import suggest
 
 FPN_DIM = 256
 
 
-class ConvMLPWithFPN(BackboneWithFPN):
+class ConvMLPWithFPN(Freezable, BackboneWithFPN):
     """Images to a pyramid of maps: (b, in_chans, h, w) -> dict of (b, 256, h/s, w/s), each s twice the one before.
 
     A backbone for any of torchvision's detectors. `body` is the ConvMLP, part by part: tokenizer, conv_stages,
@@ -39,7 +39,7 @@ class ConvMLPWithFPN(BackboneWithFPN):
         extra_blocks: Adds coarser maps to the pyramid; None for torchvision's LastLevelMaxPool.
         frozen_stages: Parts of the body from the input that are not trained: -1 none, 0 the tokenizer, 1 also the
             convolution stage, 2 to 4 also the first to third Conv-MLP stage.
-        norm_eval: Keep BatchNorm's statistics as they are in training, which is wise with one or two images a step.
+        norm_eval: Keep BatchNorm's statistics as they are in training; wise with one or two images a step.
         **kwargs: Arguments of `convmlp.ConvMLP`: in_chans, drop_path_rate, ...
 
     Raises:
@@ -58,15 +58,11 @@ class ConvMLPWithFPN(BackboneWithFPN):
         norm_eval: bool = False,
         **kwargs: Any,
     ):
-        _check_arch(arch)
+        variant_settings(arch)
         model = getattr(zoo, arch)(pretrained, classifier_head=False, **kwargs)
-        levels = model.feature_info
-        if not out_indices or list(out_indices) != sorted({*out_indices} & {*range(len(levels))}):
-            raise ValueError(f"out_indices are increasing numbers from 0 to {len(levels) - 1}, got {out_indices=}")
+        check_choice(model, out_indices, frozen_stages)
+        chosen = [model.feature_info[i] for i in out_indices]
         parts = {name.replace(".", "_"): part for name, part in model.parts().items()}  # module names have no dots
-        if frozen_stages not in range(-1, len(parts)):
-            raise ValueError(f"frozen_stages lies between -1 and {len(parts) - 1}, got {frozen_stages=}")
-        chosen = [levels[i] for i in out_indices]
         super().__init__(
             nn.Sequential(OrderedDict(parts)),
             return_layers={info["module"].replace(".", "_"): str(i) for i, info in enumerate(chosen)},
@@ -74,24 +70,7 @@ class ConvMLPWithFPN(BackboneWithFPN):
             out_channels=FPN_DIM,
             extra_blocks=extra_blocks,
         )
-        self.frozen_stages = frozen_stages
-        self.norm_eval = norm_eval
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
-        self.train()  # a new model may be trained without a call of this
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        return list(self.body.values())[: self.frozen_stages + 1]
-
-    def train(self, mode: bool = True) -> "ConvMLPWithFPN":
-        super().train(mode)
-        if mode:
-            for part in self._frozen_parts():
-                part.eval()
-            for module in self.body.modules():
-                if self.norm_eval and isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
+        self.freeze(self.get_submodule("body").children(), frozen_stages, norm_eval)
 
 
 def retinanet(
@@ -119,9 +98,8 @@ def retinanet(
         CheckpointError: the weights cannot be had, or do not fit the ConvMLP.
         TypeError: unknown keyword.
     """
-    _check_arch(arch)
     _check_arguments(RetinaNet, num_classes, kwargs)
-    extra_blocks = LastLevelP6P7(zoo.VARIANTS[arch]["dims"][-1], FPN_DIM)
+    extra_blocks = LastLevelP6P7(variant_settings(arch)["dims"][-1], FPN_DIM)
     backbone = ConvMLPWithFPN(arch, pretrained, (1, 2, 3), extra_blocks, frozen_stages, norm_eval)
     return RetinaNet(backbone, num_classes, **kwargs)
 
@@ -154,15 +132,9 @@ def mask_rcnn(
     return MaskRCNN(backbone, num_classes, **kwargs)
 
 
-def _check_arch(arch: str) -> None:
-    if arch not in zoo.VARIANTS:
-        known = ", ".join(zoo.VARIANTS)
-        raise ValueError(f"arch is one of {known}, got {arch!r}{suggest(str(arch), zoo.VARIANTS)}")
-
-
 def _check_arguments(detector: type[nn.Module], num_classes: int, kwargs: dict[str, Any]) -> None:
     if not isinstance(num_classes, int) or num_classes < 2:
-        raise ValueError(f"num_classes counts the background too, so it is 2 or more, got {num_classes=}")
+        raise ValueError(f"num_classes counts the background too, so it must be at least 2, got {num_classes=}")
     # torchvision itself would ignore a keyword that it does not know
     known = {**signature(detector).parameters, **signature(GeneralizedRCNNTransform).parameters}
     for name in kwargs.keys() - known.keys():

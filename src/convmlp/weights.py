@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,17 @@ from urllib.request import Request, url2pathname, urlopen
 import torch
 
 from .common.errors import CheckpointError
+from .common.packages import package_of, pip_line
 from .model import VARIANTS, ConvMLP
-from .variations import PURE_MLPS
+from .variations import PURE_MLPS, build
 
 _logger = logging.getLogger(__name__)
 
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
-LARGEST_DOWNLOAD = 4 * 2**30  # bytes; the weights of ConvMLP-L have 0.17 GB, its training checkpoints 0.7
-TIMEOUT = 30  # seconds in which a server says nothing
+LARGEST_DOWNLOAD = 4 * 2**30  # bytes; the weights of ConvMLP-L take 0.17 GB, its training checkpoints 0.7
+TIMEOUT = 30  # seconds without a byte from the server
 CHUNK = 2**17  # bytes
 
 
@@ -69,18 +71,17 @@ def find_checkpoint(source: str | os.PathLike | Sequence[str], progress: bool = 
     """
     if not isinstance(source, (str, os.PathLike)):
         return download(source, progress)
-    if str(source).startswith("file://"):
-        path = Path(url2pathname(urlparse(str(source)).path))
-        if urldefrag(str(source)).fragment and path.is_file():
-            _check_hash(path, expected_hash(str(source)))
+    address = str(source)
+    if address.startswith("file://"):
+        path = Path(url2pathname(urlparse(address).path))
+        if urldefrag(address).fragment and path.is_file():
+            _check_hash(path, expected_hash(address))
         return path
-    if "://" in str(source):
-        return download([str(source)], progress, name=_cache_name(str(source)))
-    return Path(source)
+    return download([address], progress, name=_cache_name(address)) if "://" in address else Path(source)
 
 
 def _cache_name(url: str) -> str:
-    """Two files of one name, at two addresses, are two files."""
+    """A name that two files of the same name at two addresses do not share."""
     path = Path(urlparse(url).path)
     return f"{path.stem[:100]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{path.suffix[:20]}"
 
@@ -88,8 +89,8 @@ def _cache_name(url: str) -> str:
 def expected_hash(url: str) -> str:
     """The SHA-256 that a URL says its file has, or its beginning, or ''.
 
-    It stands behind the URL as #sha256=HEX, or as torch.hub has it in the name: NAME-HEX.pth, eight digits or more.
-    Eight decimal digits there are taken for a date.
+    It stands behind the URL as #sha256=HEX, or in the name as torch.hub has it: NAME-HEX.pth, eight digits or more.
+    Decimal digits alone are taken for a date.
 
     Raises:
         CheckpointError: something else stands behind the #.
@@ -113,17 +114,18 @@ def _check_hash(path: Path, expected: str) -> None:
         raise CheckpointError(f"{path} has the wrong SHA-256: expected {expected}, found {digest.hexdigest()}")
 
 
-def download(urls: Sequence[str], progress: bool = False, name: str | None = None) -> Path:
-    """The file behind the first URL that works, kept in torch.hub's cache under `name` (by default the URL's).
+def download(urls: Sequence[str], progress: bool = False, name: str | None = None, folder: Path | None = None) -> Path:
+    """The file behind the first URL that works, kept in `folder` (torch.hub's cache) under `name` (the URL's).
 
     A download is read before it takes its name in the cache, so that neither half a file nor the error page of a dead
-    link is ever taken for a checkpoint; its hash is checked where the URL tells it, see `expected_hash`. A process
-    that is killed leaves a file that ends in .part.
+    link is ever taken for a checkpoint; its hash is checked where the URL has one, see `expected_hash`. A process that
+    is killed leaves a file that ends in .part. torch.hub's own download knows neither a limit nor a time-out, and takes
+    a broken connection for the end of the file.
 
     Raises:
         CheckpointError: no URL works; why, for each of them.
     """
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    folder = folder or Path(torch.hub.get_dir()) / "checkpoints"
     target = folder / (name or Path(urlparse(urls[0]).path).name)
     if target.exists():
         return target
@@ -148,7 +150,12 @@ def download(urls: Sequence[str], progress: bool = False, name: str | None = Non
 
 
 def _fetch(url: str, path: Path, progress: bool) -> None:
-    """Write what a URL sends, unless it is too large, breaks off, or does not come."""
+    """Write what a URL sends.
+
+    Raises:
+        CheckpointError: it is too large or breaks off.
+        OSError, HTTPException, ValueError: it cannot be had.
+    """
     request = Request(url, headers={"User-Agent": "torch.hub"})  # some servers refuse Python's own name
     with urlopen(request, timeout=TIMEOUT) as answer, path.open("wb") as file:
         length = getattr(answer, "length", None)
@@ -192,7 +199,7 @@ def _read(path: Path, suffix: str) -> Any:
     except CheckpointError:
         raise
     except ModuleNotFoundError as error:
-        raise CheckpointError(f"{path} needs a missing package: pip install {error.name}") from error
+        raise CheckpointError(f"{path} needs a missing package: {pip_line(package_of(error.name or ''))}") from error
     except Exception as error:  # a damaged pickle raises at least nine exception types
         raise CheckpointError(
             f"{path} is truncated, not a checkpoint, or holds more than tensors and plain values "
@@ -318,14 +325,20 @@ def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
 
 def fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """The variant a state_dict belongs to, whatever its head and input channels, or None."""
-
-    def shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
-        return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}
-
-    with torch.device("meta"):
-        for variant, settings in {**VARIANTS, **PURE_MLPS}.items():
-            own = ConvMLP(**settings).state_dict()
-            first = next(iter(own))
-            if first in state_dict and shapes(own, first) == shapes(state_dict, first):
-                return variant
+    for variant, (first, shapes) in _known_shapes().items():
+        if first in state_dict and _shapes(state_dict, first) == shapes:
+            return variant
     return None
+
+
+@cache
+def _known_shapes() -> dict[str, tuple[str, dict[str, torch.Size]]]:
+    """Of each variant the name of the first convolution, whose input channels are free, and the other shapes."""
+    with torch.device("meta"):
+        models = {variant: build(**settings).state_dict() for variant, settings in {**VARIANTS, **PURE_MLPS}.items()}
+    firsts = {variant: next(iter(own)) for variant, own in models.items()}
+    return {variant: (firsts[variant], _shapes(own, firsts[variant])) for variant, own in models.items()}
+
+
+def _shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
+    return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .model import VARIANTS, ConvMLP
-from .variations import PURE_MLPS
+from .variations import PURE_MLPS, build
 from .weights import load_pretrained
 
 __all__ = ["MIRRORS", "VARIANTS", "checkpoint_urls", "convmlp_l", "convmlp_m", "convmlp_s", "variant_of"]
@@ -20,6 +20,7 @@ MIRRORS = (
 def variant_of(name: str) -> str | None:
     """The variant that a timm name stands for: 'convmlp_s' of 'convmlp_s_classification.in1k'; None if not ours."""
     variant = name.partition(".")[0].removesuffix("_classification")
+    variant = "pure_mlp_s" if variant == "pure_mlp" else variant
     return variant if variant in VARIANTS or variant in PURE_MLPS else None
 
 
@@ -38,7 +39,7 @@ def convmlp_s(
             from the model in classes (the head then starts afresh, which is logged), input channels, and head.
         progress: Show a progress bar while downloading.
         classifier_head: False for the bare backbone, see `ConvMLP`.
-        **kwargs: Arguments of `ConvMLP`: num_classes, in_chans, drop_path_rate, ...
+        **kwargs: Arguments of `ConvMLP`: num_classes, in_chans, drop_path_rate, ... and of `variations.build`.
 
     Raises:
         CheckpointError: the weights cannot be downloaded, read, or do not fit.
@@ -63,12 +64,12 @@ def convmlp_l(
 
 def _create(variant: str, pretrained: bool | str | os.PathLike, progress: bool, **kwargs: Any) -> ConvMLP:
     if not isinstance(pretrained, (bool, str, os.PathLike)):
-        raise TypeError(f"pretrained is True, False, a path or a URL, got {pretrained!r}")
+        raise TypeError(f"pretrained must be True, False, a path or a URL, got {pretrained!r}")
     settings = {**VARIANTS[variant], **kwargs}
     if pretrained is False:
-        return ConvMLP(**settings)
+        return build(**settings)
     device = torch.get_default_device()
     with torch.device("meta"):  # to initialise what the file fills would take longer than to read it
-        model = ConvMLP(**settings)
+        model = build(**settings)
     load_pretrained(model, checkpoint_urls(variant) if pretrained is True else pretrained, progress)
     return model if device.type == "meta" else model.to(device)  # on meta the weights would be lost again

@@ -9,19 +9,20 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.registry import MODELS
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..common.errors import CheckpointError, suggest
+from ..backbones import Freezable, check_choice, variant_settings
+from ..common.errors import CheckpointError
 from ..model import ConvMLP
+from ..variations import dilate
 from ..weights import adapt_state_dict, extract_state_dict, find_checkpoint
-from ..zoo import VARIANTS, checkpoint_urls
+from ..zoo import checkpoint_urls
 from .checkpoints import read_run_checkpoint
 
 PUBLISHED = "imagenet"
 
 
 @MODELS.register_module()
-class ConvMLPBackbone(ConvMLP, BaseModule):
+class ConvMLPBackbone(Freezable, ConvMLP, BaseModule):
     """Images to maps: (b, in_chans, h, w) -> tuple of (b, dim, h/s, w/s), strides s of 4, 8, 16 and 32 by default.
 
     The maps are those of the reference's detection and segmentation backbones: the outputs of the tokenizer, the
@@ -38,7 +39,7 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         with_cp: Recompute the Conv-MLP blocks in the backward pass to save memory.
         drop_path_rate: Largest stochastic depth rate of a stage.
         in_chans: Channels of the input image.
-        output_stride: Largest stride of a map, 8, 16 or 32; see `ConvMLP`. 8 is the `d8` of mmseg's configs.
+        output_stride: Largest stride of a map, 8, 16 or 32; see `dilate`. 8 is the `d8` of mmseg's configs.
         init_cfg: None for random weights, or dict(type='Pretrained', checkpoint=...): 'imagenet' for the published
             weights, or a path or URL. `prefix='backbone.'` takes the backbone out of a detector's checkpoint.
 
@@ -59,48 +60,25 @@ class ConvMLPBackbone(ConvMLP, BaseModule):
         output_stride: int = 32,
         init_cfg: dict[str, Any] | None = None,
     ):
-        if arch not in VARIANTS:
-            raise ValueError(f"arch is one of {', '.join(VARIANTS)}, got {arch!r}{suggest(str(arch), VARIANTS)}")
-        super().__init__(
-            **VARIANTS[arch],
-            classifier_head=False,
-            drop_path_rate=drop_path_rate,
-            in_chans=in_chans,
-            output_stride=output_stride,
-        )
-        levels = len(self.feature_info)
-        self.out_indices = tuple(out_indices)
-        if not self.out_indices or self.out_indices != tuple(sorted({i for i in self.out_indices if 0 <= i < levels})):
-            raise ValueError(f"out_indices are increasing numbers from 0 to {levels - 1}, got {out_indices=}")
-        parts = list(self.parts().values())
-        if not -1 <= frozen_stages < len(parts):
-            raise ValueError(f"frozen_stages lies between -1 and {len(parts) - 1}, got {frozen_stages=}")
+        settings = variant_settings(arch)
         if init_cfg is not None and (not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained"):
-            raise ValueError(f"init_cfg is None or dict(type='Pretrained', checkpoint=...), got {init_cfg=}")
-        self.arch = arch
-        self.norm_eval = norm_eval
-        self.init_cfg = copy.deepcopy(init_cfg)
+            raise ValueError(f"init_cfg must be None or dict(type='Pretrained', checkpoint=...), got {init_cfg=}")
+        super().__init__(**settings, classifier_head=False, drop_path_rate=drop_path_rate, in_chans=in_chans)
+        dilate(self, output_stride)
+        check_choice(self, out_indices, frozen_stages)
+        parts = self.parts()
+        self.freeze(parts.values(), frozen_stages, norm_eval)
         self.set_grad_checkpointing(with_cp)
-
-        self._frozen = parts[: frozen_stages + 1]
-        deepest = self.feature_info[self.out_indices[-1]]["module"]
-        unused = parts[list(self.parts()).index(deepest) + 1 :]
-        for part in [*self._frozen, *unused]:
-            part.requires_grad_(False)
+        self.out_indices = tuple(out_indices)
+        deepest = list(parts).index(self.feature_info[self.out_indices[-1]]["module"])
+        for unused in list(parts.values())[deepest + 1 :]:
+            unused.requires_grad_(False)
+        self.arch = arch
+        self.init_cfg = copy.deepcopy(init_cfg)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]  # as necks want it
         maps: Any = self.forward_intermediates(x, self.out_indices, stop_early=True, intermediates_only=True)
         return tuple(maps)
-
-    def train(self, mode: bool = True) -> "ConvMLPBackbone":
-        super().train(mode)
-        if mode:
-            for part in self._frozen:
-                part.eval()
-            for module in self.modules():
-                if self.norm_eval and isinstance(module, _BatchNorm):
-                    module.eval()
-        return self
 
     def init_weights(self) -> None:
         """Load what `init_cfg` names; without one the weights stay as the constructor drew them."""
