@@ -8,6 +8,7 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..variations import PURE_MLPS
@@ -67,7 +68,7 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, _count_outputs))
     operations = FlopCounterMode(display=False)
     try:
-        with values, operations:
+        with values, operations, sdpa_kernel(SDPBackend.MATH):  # attention as its products, which have formulas
             model(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     finally:
         for hook in hooks:
@@ -96,10 +97,7 @@ def _note_shape(shapes: dict[str, tuple[int, ...]], name: str, module: nn.Module
 
 def _count_outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """The values that an operator gives, in the form of PyTorch's formulas for its operations."""
-    if isinstance(out_shape, torch.Size):
-        return prod(out_shape)
-    query, key = args[:2]  # attention in one operator, two products: (b, heads, n, n), then its values
-    return prod(query[:-1]) * key[-2] + prod(out_shape[0])
+    return prod(out_shape)
 
 
 def count_parameters(module: nn.Module) -> int:
