@@ -1,10 +1,13 @@
 # make quickstart                install, then train ConvMLP-S on real handwritten digits (two or three minutes on two cores)
 # make quickstart-detection      install, then find and outline digits on photographs: RetinaNet and Mask R-CNN
 # make quickstart-segmentation   install, then label their pixels: Semantic FPN
-# make ablation                  install, then take the model apart: four steps from Pure-MLP to ConvMLP-S, three seeds (an hour)
+# make ablation                  install, then train four steps from Pure-MLP to ConvMLP-S, three seeds each (an hour)
 # make pictures                  install, then make the pictures of README and docs (a quarter of an hour)
-# make test                      install, then run the whole test suite
-# make fuzz                      forty thousand random inputs (half an hour); `make test` tries some of them
+# make test                      install, then run the quick tests (eight minutes on two cores)
+# make test-slow                 the long ones: fuzzing, killed runs, recipes with other packages
+# make coverage                  both, with the branches that no test reaches
+# make lint                      ruff, mypy, codespell; make format fixes what ruff can
+# make fuzz                      forty thousand random inputs (half an hour); `make test-slow` tries some of them
 # make survive                   kill a training run twenty times, with one process and with two (a quarter of an hour)
 # make test-upstream             the tests of detection and segmentation with OpenMMLab's own packages
 # Each target sets up .venv by itself, once. PYTHON=python3.12 make ... takes another interpreter.
@@ -56,7 +59,7 @@ ablation: $(INSTALLED)
 pictures: $(INSTALLED)
 	$(VENV)/bin/python tools/pictures.py $(ARGS)
 
-# Two files at a time, each on one core; pytest's own options go last
+# Two files at a time, each on one core
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 test: $(INSTALLED)
@@ -75,7 +78,7 @@ survive: $(INSTALLED)
 	$(VENV)/bin/python tools/survive.py $(ARGS)
 	$(VENV)/bin/python tools/survive.py --processes 2 $(ARGS)
 
-# Both families of packages bring the modules mmcv, mmengine, mmdet and mmseg: they need environments of their own.
+# Both families of packages provide the modules mmcv, mmengine, mmdet and mmseg, so each needs its own environment.
 test-upstream: $(VENV)-upstream/.installed
 	$(VENV)-upstream/bin/python -m pytest tests/openmmlab $(ARGS)
 

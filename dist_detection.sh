@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Train or test a detector with N processes on this machine, one a GPU (or on the CPU where there is none):
+# Train or test a detector with N processes on this machine, one per GPU (or on the CPU if there is none):
 #   ./dist_detection.sh CONFIG N [/path/to/COCO] [any option of detection.py]
-# Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each.
+# For several machines, set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same command on each.
 config=${1:-}
 n=${2:-}
 if ! [[ $n =~ ^[1-9][0-9]*$ ]]; then

@@ -1,5 +1,5 @@
 # Mask R-CNN outlines handwritten digits on photographs, in minutes on two cores: make quickstart-detection
-# The published config with narrower heads, small pictures and a short schedule; expect box and mask AP50 above 0.9.
+# The published config with narrower heads, small images and a short schedule; expect box and mask AP50 above 0.9.
 _base_ = "maskrcnn_convmlp_s_fpn_1x_coco.py"
 
 model = dict(
@@ -20,7 +20,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=200)),
 )
 
-# 128 px, and no flips: digits do not survive a mirror
+# 128 px, and no flips: a mirrored digit is not a digit
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),

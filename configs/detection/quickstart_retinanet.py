@@ -1,5 +1,5 @@
 # RetinaNet finds handwritten digits on photographs, in minutes on two cores: make quickstart-detection
-# The published config with narrower heads, small pictures and a short schedule; expect a box AP50 of about 0.92.
+# The published config with narrower heads, small images and a short schedule; expect a box AP50 of about 0.92.
 _base_ = "retinanet_convmlp_s_fpn_1x_coco.py"
 
 model = dict(
@@ -13,7 +13,7 @@ model = dict(
     ),
 )
 
-# 128 px, and no flips: digits do not survive a mirror
+# 128 px, and no flips: a mirrored digit is not a digit
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),

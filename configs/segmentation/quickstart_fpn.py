@@ -1,5 +1,5 @@
 # Semantic FPN labels the pixels of digits on photographs, in minutes on two cores: make quickstart-segmentation
-# The published config with narrower heads, small pictures and a short schedule; expect a mIoU of about 83.
+# The published config with narrower heads, small images and a short schedule; expect an mIoU of about 83.
 _base_ = "fpn_convmlp_s_512x512_40k_ade20k.py"
 
 model = dict(
@@ -15,7 +15,7 @@ model = dict(
     ),
 )
 
-# 128 px, and no flips: digits do not survive a mirror
+# 128 px, and no flips: a mirrored digit is not a digit
 train_pipeline = [dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")]
 test_pipeline = train_pipeline
 train_dataloader = dict(batch_size=8, num_workers=1, dataset=dict(pipeline=train_pipeline))

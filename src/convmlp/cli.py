@@ -1,4 +1,4 @@
-"""The command `convmlp`, and the scripts of a checkout that need more than this package's own modules."""
+"""The command `convmlp`, and the entry point of detection.py and segmentation.py."""
 
 import argparse
 import io
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may be anything
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each of its ten attempts
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each of its ten attempts
     return run("convmlp", lambda: _work(argv), debug="--debug" in argv)
 
 
@@ -67,7 +67,7 @@ def _work(argv: list[str]) -> int | None:
         parser.print_help()
         return None
     code = options.run(options)
-    sys.stdout.flush()  # a reader that is gone is noticed here
+    sys.stdout.flush()  # a closed pipe is noticed here
     return code
 
 

@@ -1,4 +1,4 @@
-"""What is installed, whether it works together, and what to type if not. `convmlp doctor`."""
+"""Diagnosis of an installation: what is there, whether it works together, and how to fix it. `convmlp doctor`."""
 
 import argparse
 import importlib
@@ -24,7 +24,7 @@ GROUPS = {
     "tools": "predict, visualize, export",
     "openmmlab": "detection and segmentation",
 }
-# Packages that bring the same modules
+# Packages that provide the same modules
 RIVALS = {
     "onedl-mmcv": ("mmcv", "mmcv-lite", "mmcv-full"),
     "onedl-mmengine": ("mmengine", "mmengine-lite"),
@@ -32,23 +32,23 @@ RIVALS = {
     "onedl-mmsegmentation": ("mmsegmentation",),
 }
 GOOD, MISSING, BROKEN = "ok", "missing", "BROKEN"
-UNFIT = "unfit"  # the version is not one asked for
+UNFIT = "unfit"  # installed, but not in a required version
 
 
 class Finding(NamedTuple):
-    """Something looked at: what, how it is ("ok", "missing", "unfit" or "BROKEN"), in detail, and what mends it.
+    """One check: its subject, its state ("ok", "missing", "unfit" or "BROKEN"), the details, and the fix.
 
-    Missing and unfit packages matter to those who want the part they belong to; what is broken, to everybody.
+    Missing and unfit packages matter only to users of their part; what is broken matters to everybody.
     """
 
     subject: str
     state: str
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 def examine() -> Iterator[tuple[str, list[Finding]]]:
-    """The parts of an installation, one after another: a title, and what was found."""
+    """The parts of an installation in turn: the title, and its findings."""
     yield "machine", _machine()
     requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
     base = [r for r in requirements if not r.marker or "extra" not in str(r.marker)]
@@ -86,7 +86,7 @@ def _machine() -> list[Finding]:
 
 
 def _packages(requirements: list[Requirement]) -> list[Finding]:
-    """What a part needs. Where some of it is missing nobody wanted the part, and an unfit version does no harm."""
+    """The packages of a part. If some are missing, the part is not in use, and an unfit version does no harm."""
     findings = [_package(requirement) for requirement in requirements]
     if any(finding.state == MISSING for finding in findings):
         return findings
@@ -94,30 +94,30 @@ def _packages(requirements: list[Requirement]) -> list[Finding]:
 
 
 def _package(requirement: Requirement) -> Finding:
-    """Whether a package is there, in the version asked for, and can be imported."""
+    """Whether a package is installed, in a required version, and can be imported."""
     name = requirement.name
-    mend = f"pip install '{_plain(requirement)}'"
+    fix = f"pip install '{_plain(requirement)}'"
     rivals = {rival: found for rival in RIVALS.get(name, ()) if (found := _version(rival))}
     version = _version(name)
     if version and rivals:
         both = " ".join([name, *rivals])
         detail = f"{name} and {next(iter(rivals))} bring the same modules"
-        return Finding(name, BROKEN, detail, f"pip uninstall -y {both} && {mend}")
+        return Finding(name, BROKEN, detail, f"pip uninstall -y {both} && {fix}")
     if rivals:
         name, version = next(iter(rivals.items()))
     elif not version:
-        return Finding(name, MISSING, "", mend)
+        return Finding(name, MISSING, "", fix)
     elif not requirement.specifier.contains(version, prereleases=True):
-        return Finding(name, UNFIT, f"{version}, but {requirement.specifier} is needed", mend)
+        return Finding(name, UNFIT, f"{version}, but {requirement.specifier} is needed", fix)
     module = module_of(requirement.name)
-    if module in ("mmdet", "mmseg"):  # they need the operators, which are looked at next
+    if module in ("mmdet", "mmseg"):  # they need the operators, which are checked next
         return Finding(name, GOOD, version)
 
     def use() -> str:
         importlib.import_module(module)
         return version
 
-    return _try(name, use, mend)
+    return _try(name, use, fix)
 
 
 def _plain(requirement: Requirement) -> str:
@@ -131,13 +131,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _try(subject: str, use: Callable[[], str], mend: str = "") -> Finding:
+def _try(subject: str, use: Callable[[], str], fix: str = "") -> Finding:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return Finding(subject, GOOD, use())
         except Exception as error:  # whatever a broken installation raises
-            return Finding(subject, BROKEN, one_line(f"{type(error).__name__}: {error}", 160), mend)
+            return Finding(subject, BROKEN, one_line(f"{type(error).__name__}: {error}", 160), fix)
 
 
 def _use_torchvision() -> str:
@@ -149,8 +149,8 @@ def _use_torchvision() -> str:
 
 
 def _operators() -> str:
-    """mmdet and mmseg import, and where mmcv's operators come from."""
-    logging.disable(logging.INFO)  # what is said below
+    """Whether mmdet and mmseg import, and where mmcv's operators come from."""
+    logging.disable(logging.INFO)  # the finding says it
     try:
         for module in (f"{PACKAGE}.openmmlab", "mmcv.ops", "mmdet.models", "mmseg.models"):
             importlib.import_module(module)
@@ -182,8 +182,8 @@ def _run(options: argparse.Namespace) -> int:
     for title, findings in examine():
         print(f"{title}")
         for finding in findings:
-            mend = f"  ->  {finding.mend}" if finding.mend and finding.state != GOOD else ""
-            print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{mend}")
+            fix = f"  ->  {finding.fix}" if finding.fix and finding.state != GOOD else ""
+            print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{fix}")
             healthy &= finding.state != BROKEN
             missing |= finding.state in (MISSING, UNFIT)
     what_works = "what is missing is needed only for what its title says" if missing else "everything is there"

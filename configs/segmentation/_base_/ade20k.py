@@ -13,7 +13,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="LoadAnnotations"),  # behind Resize: predictions are compared at the size of the label map
+    dict(type="LoadAnnotations"),  # after Resize: predictions are compared at the size of the label map
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(

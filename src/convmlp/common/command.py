@@ -15,9 +15,9 @@ DONE, FAILED, MISTAKE, BUG, STOPPED, INTERRUPTED = 0, 1, 2, 3, 75, 130  # 75: EX
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises `RunError`, takes no abbreviations, and offers the nearest name of an option.
+    """An ArgumentParser that raises `RunError`, accepts no abbreviations, and suggests the nearest option.
 
-    `surplus` is what it says of an argument too many, with {} for the argument.
+    `surplus` is the message for an unexpected argument, with {} for the argument.
     """
 
     def __init__(self, *, surplus: str = "unexpected argument {}", **kwargs: Any):
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         """The options of a call, written into `options` if given.
 
         Raises:
-            RunError: a bad value, or an argument or option that is not known.
+            RunError: a bad value, or an unknown argument or option.
         """
         parsed, unknown = self.parse_known_args(argv, options)
         if not unknown:
@@ -86,12 +86,12 @@ def _number(text: str) -> float:
 
 
 def run(name: str, work: Callable[[], int | None], *, way_on: str = "", debug: bool = False) -> int:
-    """Do the work of a command; what goes wrong is said in one line on standard error.
+    """Do the work of a command; an error is printed as one line on standard error.
 
     Args:
-        name: The command's, which opens each message.
+        name: The command's name, which starts each message.
         work: Returns an exit code, None for 0.
-        way_on: What continues a run that was interrupted; with it, unknown exceptions keep their traceback.
+        way_on: How to continue an interrupted run; if given, unknown exceptions keep their traceback.
         debug: Raise errors instead, so that their traceback is shown.
 
     Returns:
@@ -121,7 +121,7 @@ def run(name: str, work: Callable[[], int | None], *, way_on: str = "", debug: b
 
 
 def _explain(error: Exception, way_on: str) -> tuple[int, str]:
-    """The exit code and the words for an exception."""
+    """The exit code and the message for an exception."""
     if isinstance(error, Diverged):
         return FAILED, str(error)
     if isinstance(error, RunError):
@@ -141,7 +141,7 @@ def _explain(error: Exception, way_on: str) -> tuple[int, str]:
 
 
 def _say(name: str, message: str) -> None:
-    """Of several processes with the same message the first one speaks: its end ends the others while they wait."""
+    """Print a message. Other ranks wait first: the exit of rank 0 usually ends them before they repeat it."""
     if rank := _rank():
         time.sleep(5)
         message = f"process {rank}: {message}"

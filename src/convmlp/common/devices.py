@@ -1,4 +1,4 @@
-"""Devices: which one to take, and the type that mixed precision computes in there."""
+"""Devices: how one is chosen, and which dtype mixed precision uses on it."""
 
 import os
 import re
@@ -14,7 +14,7 @@ def choose_device(name: str) -> torch.device:
     """'auto' (cuda, else mps, else cpu) or a device by name.
 
     Raises:
-        RunError: there is no such device here.
+        RunError: this machine has no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -31,12 +31,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def count_cores() -> int:
-    """Those of the processor that this process may use."""
+    """How many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
-    """The type for mixed precision: bfloat16 where the device has it natively, else float16; None: float32 alone."""
+    """The dtype for mixed precision: bfloat16 if the device has it natively, else float16; None for float32."""
     if choice != "auto":
         return getattr(torch, choice)
     if device.type == "cuda":

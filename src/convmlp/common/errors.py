@@ -9,7 +9,7 @@ class RunError(Exception):
 
 
 class CheckpointError(RunError, RuntimeError):
-    """A checkpoint that cannot be found, read, or fitted into the model; the message says which and what to do."""
+    """A checkpoint that cannot be found, read, or fitted into the model; the message names it and says what to do."""
 
 
 class Diverged(RunError):
@@ -17,7 +17,7 @@ class Diverged(RunError):
 
 
 class Stopped(Exception):
-    """A run was asked to stop, and has saved what it needs to go on."""
+    """A run was asked to stop, and has saved what it needs to continue."""
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -41,5 +41,5 @@ def some(names: Iterable[object], limit: int = 3) -> str:
 
 def plural(count: int, noun: str) -> str:
     """'1 epoch', '2 epochs', '0 classes'."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "sh", "tch")) else "s"
     return f"{count} {noun}{ending}"

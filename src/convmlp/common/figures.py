@@ -1,4 +1,4 @@
-"""Figures of matplotlib, without its global state and windows."""
+"""Figures drawn with matplotlib, without its global state or windows."""
 
 import warnings
 from pathlib import Path
@@ -17,9 +17,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure; the suffix of the path says in which format."""
+    """Write a figure; the suffix of the path decides the format."""
     with matplotlib.rc_context({"savefig.facecolor": "white"}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts the font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font lacks
         write_atomically(path, lambda temporary: figure.savefig(temporary))
 
 
@@ -34,11 +34,11 @@ def check_format(path: Path) -> None:
         raise RunError(f"cannot write a figure as {path}: its suffix is one of {', '.join(sorted(known))}")
 
 
-def picture_font(size: float) -> ImageFont.FreeTypeFont:
-    """A font for texts in pictures, which knows European letters, Greek and Cyrillic."""
+def image_font(size: float) -> ImageFont.FreeTypeFont:
+    """A font for text in images; it has European letters, Greek and Cyrillic."""
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
 
 
 def plain(text: str) -> str:
-    """A text for a figure, where matplotlib would take dollars for formulas."""
+    """Text for a figure, with its dollar signs escaped: matplotlib would read them as formulas."""
     return text.replace("$", r"\$")

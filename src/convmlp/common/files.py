@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and folders that belong to one run."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-        if os.name == "posix":  # Windows opens no folders
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
             _flush(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
@@ -44,7 +45,7 @@ def _flush(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make sure, before long work, that a file can be written at `path`; its folder is made if need be.
+    """Make sure, before long work, that a file can be written at `path`; its folder is created if needed.
 
     Raises:
         RunError: it cannot.
@@ -67,10 +68,9 @@ def make_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> FileLock:
-    """Keep other runs out of a folder until the returned lock is released, or this process ends in whatever way.
+    """Keep other runs out of a folder until the returned lock is released, or this process ends in any way.
 
-    Beside the lock a file names the process that holds it. Both files are left behind; only the lock on the first
-    counts.
+    A file beside the lock names the process that holds it. Both files are left behind; only the lock counts.
 
     Raises:
         RunError: another process holds the folder.
@@ -106,6 +106,6 @@ def _launch() -> str:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what `write_atomically` left in a folder when it was killed. Nobody else may be writing there."""
+    """Remove what a killed `write_atomically` left in a folder. Nobody else may be writing there."""
     for path in folder.glob(".*.part*"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures from files: which ones a path names, and every kind of them as plain RGB or grey."""
+"""Images from files: which ones a path names, and any kind of them as plain RGB or grey."""
 
 import glob
 import math
@@ -13,8 +13,8 @@ from PIL import Image, ImageOps
 
 from .errors import RunError
 
-# How many times as long as wide a picture may be: resized to a short side of 256 px it has 26 MB at this limit, and
-# would have 4 GB at 30000x2
+# The largest ratio of the sides: with a short side of 256 px an image takes 26 MB at this limit, and would take 3.5 GB
+# at 30000x2
 LONGEST = 100
 
 # Pixels: names drawn into a smaller image would cover it, and a larger one is not enlarged beyond
@@ -24,14 +24,14 @@ EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .g
 
 
 class UnreadableImage(RunError):
-    """A file that is no picture, or a damaged one; the message names it."""
+    """A file that is not an image, or a damaged one; the message names it."""
 
 
 def find_images(place: str | Path) -> list[Path]:
-    """The file, the pictures in the folder and its subfolders, or what a pattern such as 'photos/*.jpg' matches.
+    """The file, the images in the folder and its subfolders, or what a pattern such as 'photos/*.jpg' matches.
 
     Raises:
-        RunError: there is no such file, or no picture in the folder.
+        RunError: there is no such file, or no image in the folder.
     """
     if not str(place):
         raise RunError("no picture, folder or pattern was named, only an empty text")
@@ -51,26 +51,26 @@ def find_images(place: str | Path) -> list[Path]:
 
 
 def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
-    """A picture of any format that Pillow reads, upright by its EXIF tag; of an animation the first frame.
+    """An image in any format that Pillow reads, turned upright by its EXIF tag; the first frame of an animation.
 
     Raises:
-        UnreadableImage: it is missing, no picture, damaged, EPS, too large to be an honest one, or too long.
+        UnreadableImage: it is missing, not an image, damaged, EPS, too large to be trusted, or too long.
     """
     try:
         return to_mode(open_image(path, upright=True), mode)
-    except Exception as error:  # of modes that Pillow cannot convert, besides what is said above
+    except Exception as error:  # also from modes that Pillow cannot convert
         raise UnreadableImage(f"{path}: {error}") from error
 
 
 def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Image:
-    """A picture as it is in a file, or turned by its EXIF tag; of an animation the first frame.
+    """An image as it is in a file, or turned by its EXIF tag; the first frame of an animation.
 
     Raises:
-        UnreadableImage: for the reasons that `read_image` has; the message is the reason alone.
+        UnreadableImage: for the same reasons as `read_image`; the message is only the reason.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd EXIF entries, and of pictures that are merely large
+            warnings.simplefilter("ignore")  # about odd EXIF entries, and images that are merely large
             with Image.open(file) as image:
                 if image.format == "EPS":
                     raise UnreadableImage("EPS is not read: it is a program, which Ghostscript would run")
@@ -92,9 +92,9 @@ def _has_content(file: str | Path | IO[bytes]) -> bool:
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """An image as RGB or L: 16 bits are scaled to 8, what is transparent becomes white.
+    """An image as RGB or L: 16 bits are scaled to 8, transparent areas become white.
 
-    Floating point values and long integers count up to 1, 255 or 65535, the first that is enough.
+    Floating-point values and long integers are taken to range up to 1, 255 or 65535, the first that is enough.
 
     Raises:
         UnreadableImage: one side is more than `LONGEST` times the other; no resized copy of it would fit in memory.
@@ -104,7 +104,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
         raise UnreadableImage(f"{size}, one side is more than {LONGEST} times the other")
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-    elif image.mode in ("I", "F"):  # which Pillow would clip instead of scale
+    elif image.mode in ("I", "F"):  # Pillow would clip these instead of scaling them
         values = np.nan_to_num(np.asarray(image, dtype=np.float32))
         if values.max() > 255:
             values = values // 256

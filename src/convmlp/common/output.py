@@ -1,4 +1,4 @@
-"""What commands write: messages, tables, and results on the screen or in a file."""
+"""Output of commands: messages, tables, and results on the screen or in a file."""
 
 import sys
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from .files import write_atomically
 
 
 def say(message: str) -> None:
-    """A message beside the results, which have standard output for themselves."""
+    """Print a message to standard error; standard output is for results."""
     print(message, file=sys.stderr)
 
 
 def write_result(place: str | None, write: Callable[[TextIO], None]) -> None:
-    """Let `write` fill a file, or the screen where `place` is -, or do nothing where it is None."""
+    """Let `write` fill a file, or the screen if `place` is -, or do nothing if it is None."""
     if place == "-":
         write(sys.stdout)
     elif place:
@@ -28,11 +28,11 @@ def write_result(place: str | None, write: Callable[[TextIO], None]) -> None:
 
 
 def show_table(table: Any, title: str = "", whole: bool = False) -> None:
-    """Print a table of rich, never narrower than its content needs; `whole`: in a narrow terminal, too."""
+    """Print a rich table, at least as wide as its content; `whole`: in one piece even in a narrow terminal."""
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() and not whole else 400, highlight=False)
     console.width = max(console.width, console.measure(table).minimum)
-    with console.capture() as text:  # rich itself would end the program where nobody reads on
+    with console.capture() as text:  # rich itself would exit if the pipe is closed
         console.print(*filter(None, [title, table]), sep="\n")
     sys.stdout.write(text.get())

@@ -1,4 +1,4 @@
-"""Optional packages: which module each brings, and what to say where one is missing."""
+"""Optional packages: which module each provides, and what to say if one is missing."""
 
 import importlib.util
 
@@ -26,23 +26,23 @@ def need(what: str, *packages: str) -> None:
     """Make sure that packages are installed before they are used.
 
     Raises:
-        RunError: some are not; with the pip line that installs them.
+        RunError: some are missing; the message has the pip line.
     """
     if absent := missing(*packages):
         raise RunError(f"{what} needs a missing package: {pip_line(*absent)}")
 
 
 def pip_line(*packages: str) -> str:
-    """What to type to install packages. OpenMMLab's belong together, in the versions that the extra pins."""
+    """The command that installs packages. OpenMMLab's go together, in the versions that the extra pins."""
     extras = ["'convmlp[openmmlab]'"] if any(name.startswith("onedl-") for name in packages) else []
     return " ".join(["pip install", *extras, *(name for name in packages if not name.startswith("onedl-"))])
 
 
 def module_of(package: str) -> str:
-    """The module that a package brings."""
+    """The module that a package provides."""
     return MODULES.get(package, package.replace("-", "_"))
 
 
 def package_of(module: str) -> str:
-    """The package that brings a module."""
+    """The package that provides a module."""
     return next((package for package, name in MODULES.items() if name == module), module)

@@ -1,4 +1,4 @@
-"""Being asked to stop, by Ctrl-C, by a scheduler or by torchrun: a run then saves where it stands, and ends."""
+"""Signals to stop, from Ctrl-C, a scheduler or torchrun: a run then saves its state and ends."""
 
 import os
 import re
@@ -16,10 +16,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 
 
 class StopRequest:
-    """As a context, takes SIGTERM, SIGINT and SIGUSR1 for requests to stop at the end of a step.
+    """A context in which SIGTERM, SIGINT and SIGUSR1 are requests to stop at the end of a step.
 
-    A second SIGINT interrupts at once. Signals come to each process at its own moment, so the processes of a run agree
-    on the step that is the last: by gloo on CPUs, which does not wait for what a GPU computes.
+    A second SIGINT interrupts at once. Signals reach each process at a different moment, so the processes of a run
+    agree on the last step. They use gloo on CPUs, which does not wait for a GPU.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class StopRequest:
             self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signals
+        if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
             self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
         else:
             self._earlier = {}
@@ -47,12 +47,12 @@ class StopRequest:
         self.number = number
 
     def agreed(self) -> str | None:
-        """The name of the signal that any process was sent, or None. All processes call it after the same steps."""
+        """The name of a signal that any process received, or None. All processes must call this after the same step."""
         [number] = self.maxima(self.number)
         return signal.Signals(number).name if number else None
 
     def maxima(self, *numbers: int) -> list[int]:
-        """The largest that any process gives for each of these numbers. All processes call it after the same steps."""
+        """The largest value of each number over all processes. All of them must call this after the same step."""
         if self._group is None:
             return list(numbers)
         largest = torch.tensor(numbers)
@@ -61,14 +61,14 @@ class StopRequest:
 
 
 def leave_signals_to_the_parent(worker: int = 0) -> None:
-    """For processes that load data: they end when the process that they work for says so.
+    """For processes that load data: they end when their parent says so.
 
     Schedulers and torchrun signal all processes of a job, and a step that lost its data could not be finished.
     """
     for number in SIGNALS:
         if number != signal.SIGTERM:
             signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # which says who sent it; macOS lacks it
+    if hasattr(signal, "sigwaitinfo"):  # it tells who sent the signal; macOS lacks it
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         threading.Thread(target=_obey_parent, daemon=True).start()
 
@@ -80,7 +80,7 @@ def _obey_parent() -> None:
 
 
 def lost_process(error: Exception) -> str | None:
-    """What to say if this error means that another process of the run has ended, or None."""
+    """The message if this error means that another process of the run has ended, else None."""
     text = one_line(error, 10_000)
     if not dist.is_initialized() or not re.search("gloo|NCCL|Connection|Broken pipe", text):
         return None
