@@ -112,7 +112,7 @@ def open_classifier(
         classifier = _load(model, checkpoint)
     number = len(classifier.class_names)
     if class_map:
-        classifier.class_names = read_class_names(class_map)
+        classifier.class_names = read_class_names(class_map, unique=False)
         if len(classifier.class_names) != number:
             given = plural(len(classifier.class_names), "class")
             raise RunError(f"{class_map} names {given}, {checkpoint or classifier.name} has {number}")

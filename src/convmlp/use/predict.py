@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..common.errors import RunError
-from ..common.figures import picture_font
+from ..common.figures import image_font
 from ..common.images import SMALLEST_DRAWN, UnreadableImage, enlargement, read_image, to_mode
 from .classifier import Classifier
 
@@ -124,7 +124,7 @@ def draw_classes(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
     image = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
     width = max(image.width, SMALLEST_DRAWN)
     line = width // 20
-    font = picture_font(line * 0.55)
+    font = image_font(line * 0.55)
     sheet = Image.new("RGB", (width, image.height + line * len(best) + line // 2), "white")
     sheet.paste(image, ((width - image.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)
