@@ -8,6 +8,8 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
 from convmlp import ConvMLP
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model() -> ConvMLP:

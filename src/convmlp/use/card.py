@@ -1,66 +1,25 @@
-"""The card of a classifier for Hugging Face's Hub: what it is, what it scores, how to load it, how it was trained."""
+"""The card of a classifier for Hugging Face's Hub: what it is, what it scores, how to load it, how it was trained.
+
+Its text is the template beside this module, card.md.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from html import escape
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..common.configs import config_folder
+from ..common.errors import plural
 from ..model import ConvMLP
+from ..zoo import variant_of
 from .classifier import Classifier, numbered_names
 from .info import PUBLISHED, grouped, measure
 
 PAPER = "https://arxiv.org/abs/2109.04454"
-CITATION = """\
-```bibtex
-@article{li2021convmlp,
-  title={ConvMLP: Hierarchical Convolutional MLPs for Vision},
-  author={Jiachen Li and Ali Hassani and Steven Walton and Humphrey Shi},
-  journal={arXiv preprint arXiv:2109.04454},
-  year={2021}
-}
-```
-"""
-
-IMPORT = "import convmlp.timm_models  # tells timm of the architecture\n"
-WHY_IMPORT = """\
-timm and transformers do not know this architecture by themselves: install convmlp, and import `convmlp.timm_models`
-before a model is made. Without the import timm says `Unknown model`; transformers asks for a newer timm, which does not
-help.
-
-"""
-LOADING = """\
-`FOLDER` is where this file lies. For a repository on the Hub write `hf-hub:USER/NAME` instead of `local-dir:FOLDER`,
-and `USER/NAME` instead of `FOLDER`.
-
-```python
-import timm
-import torch
-from PIL import Image
-<import>
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
-with torch.no_grad():
-    logits = model(transform(Image.open("photo.jpg").convert("RGB")).unsqueeze(0))
-```
-
-`num_classes=0` gives pooled features instead, `features_only=True` maps at several strides.
-
-```python
-from transformers import pipeline
-<import>
-print(pipeline("image-classification", "FOLDER")("photo.jpg"))
-```
-
-`AutoModelForImageClassification`, `AutoModel` and `AutoImageProcessor` take the same folder. In a shell, with convmlp:
-
-```shell
-convmlp predict photo.jpg --checkpoint FOLDER
-```
-"""
-
-FROM_SCRATCH = "300 epochs and 10 of cool-down with AdamW, from scratch"
-FINE_TUNED = "50 epochs and 10 of cool-down with AdamW, from the ImageNet weights"
 
 
 class Dataset(NamedTuple):
@@ -73,15 +32,14 @@ class Dataset(NamedTuple):
     hub: str | None
     split: str | None
     config: str
-    recipe: str
 
 
 # By timm's tag
 DATASETS = {
-    "in1k": Dataset("ImageNet", "ILSVRC/imagenet-1k", "validation", "{}_imagenet.yml", FROM_SCRATCH),
-    "in1k_ft_cifar10": Dataset("CIFAR-10", "uoft-cs/cifar10", "test", "finetuned/{}_cifar10.yml", FINE_TUNED),
-    "in1k_ft_cifar100": Dataset("CIFAR-100", "uoft-cs/cifar100", "test", "finetuned/{}_cifar100.yml", FINE_TUNED),
-    "in1k_ft_flowers102": Dataset("Flowers-102", None, None, "finetuned/{}_flowers102.yml", FINE_TUNED),
+    "in1k": Dataset("ImageNet", "ILSVRC/imagenet-1k", "validation", "{}_imagenet.yml"),
+    "in1k_ft_cifar10": Dataset("CIFAR-10", "uoft-cs/cifar10", "test", "finetuned/{}_cifar10.yml"),
+    "in1k_ft_cifar100": Dataset("CIFAR-100", "uoft-cs/cifar100", "test", "finetuned/{}_cifar100.yml"),
+    "in1k_ft_flowers102": Dataset("Flowers-102", None, None, "finetuned/{}_flowers102.yml"),
 }
 
 # Options of classification.py that a card tells
@@ -98,17 +56,18 @@ SETTINGS = {
 }
 
 RESIZING = ("interpolation", "crop_pct", "crop_mode")
-
 MOST_NAMES = 20
 
 
-class Story(NamedTuple):
+@dataclass
+class History:
     """Where weights come from, in a sentence, what they score, and how they were trained, as far as that is known."""
 
     origin: str
     score: EvalResult | None = None
     measured: str = ""
-    training: str = ""
+    recipe: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
     datasets: list[str] | None = None
 
 
@@ -120,31 +79,34 @@ def make_card(classifier: Classifier) -> ModelCard:
     """
     cfg = classifier.model.pretrained_cfg
     is_ours = isinstance(classifier.model, ConvMLP)
+    is_published = classifier.origin == "published"
     name = _full_name(classifier)
-    story = _tell(classifier)
+    history = _find_history(classifier)
     data = ModelCardData(
         library_name="timm",
-        license=cfg.get("license") if classifier.origin == "published" else None,
+        license=cfg.get("license") if is_published else None,
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", *(["convmlp"] if is_ours else [])],
-        datasets=story.datasets,
-        metrics=["accuracy"] if story.score else None,
-        model_name=name if story.score else None,
-        eval_results=[story.score] if story.score else None,
+        datasets=history.datasets,
+        metrics=["accuracy"] if history.score else None,
+        model_name=name if history.score else None,
+        eval_results=[history.score] if history.score else None,
     )
-    family = f"of the [ConvMLP paper]({PAPER})" if is_ours else "one of timm's"
-    loading = LOADING.replace("<import>\n", f"{IMPORT}\n" if is_ours else "\n")
-    sections = {
-        "Results": _results(story.score, story.measured) if story.score else "",
-        "Model": _list(_facts(classifier)),
-        "Use": (WHY_IMPORT if is_ours else "") + loading,
-        "Training": story.training,
-        "Licence": _licence(classifier),
-        "Citation": CITATION if is_ours else "",
-    }
-    text = f"# {name}\n\nAn image classifier; its architecture, `{cfg['architecture']}`, is {family}. {story.origin}\n"
-    text += "".join(f"\n## {title}\n\n{section}" for title, section in sections.items() if section)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    return ModelCard.from_template(
+        data,
+        template_path=str(Path(__file__).with_name("card.md")),
+        name=name,
+        architecture=cfg["architecture"],
+        paper=PAPER,
+        is_ours=is_ours,
+        origin=history.origin,
+        score=_describe_score(history.score) if history.score else "",
+        measured=history.measured,
+        facts=_plain_items(_facts(classifier)),
+        recipe=history.recipe,
+        settings=_plain_items(history.settings),
+        licence=_licence(classifier),
+    )
 
 
 def _full_name(classifier: Classifier) -> str:
@@ -154,24 +116,26 @@ def _full_name(classifier: Classifier) -> str:
     return ".".join(filter(None, [cfg["architecture"], tag]))
 
 
-def _tell(classifier: Classifier) -> Story:
-    cfg = classifier.model.pretrained_cfg
+def _find_history(classifier: Classifier) -> History:
     if classifier.origin == "random":
-        return Story("Its weights are random: it was not trained, and what it answers means nothing.")
+        return History("Its weights are random: it was not trained, and its answers mean nothing.")
     if classifier.origin == "published" and isinstance(classifier.model, ConvMLP):
-        return _tell_published(cfg)
+        return _published_history(classifier.model.pretrained_cfg)
     if classifier.origin == "published":
-        return Story(f"Its weights are those that timm has for `{_full_name(classifier)}`.")
+        return History(f"Its weights are those that timm has for `{_full_name(classifier)}`.")
     if classifier.about:
-        return _tell_own(classifier.about)
-    return Story("How its weights were trained is not known: the file that they are from does not say it.")
+        return _own_history(classifier.about)
+    return History("How its weights were trained is not known: the file that they are from does not say it.")
 
 
-def _tell_published(cfg: Mapping[str, Any]) -> Story:
-    variant, dataset = cfg["architecture"].removesuffix("_classification"), DATASETS[cfg["tag"]]
+def _published_history(cfg: Any) -> History:
+    variant, dataset = str(variant_of(cfg["architecture"])), DATASETS[cfg["tag"]]
     stages = list(dict.fromkeys([DATASETS["in1k"], dataset]))
     trained = " and then on ".join(stage.name for stage in stages)
-    return Story(
+    config = Path("classification", dataset.config.format(variant))
+    recipe = _read_recipe(config_folder() / config)
+    start = "from the ImageNet weights" if recipe.get("pretrained") else "from scratch"
+    return History(
         f"Its weights are those that the paper's authors published, trained on {trained}.",
         EvalResult(
             task_type="image-classification",
@@ -185,39 +149,45 @@ def _tell_published(cfg: Mapping[str, Any]) -> Story:
             source_url=PAPER,
         ),
         f"As [published by the paper]({PAPER}), at {cfg['input_size'][-1]} px; not measured again for this card.",
-        f"{dataset.recipe}. The whole recipe is `configs/classification/{dataset.config.format(variant)}` in the "
-        "repository of convmlp.\n",
-        [stage.hub for stage in stages if stage.hub],
+        f"{plural(recipe['epochs'], 'epoch')} and {recipe['cooldown_epochs']} of cool-down with AdamW, {start}. "
+        f"The whole recipe is `configs/{config.as_posix()}` in the repository of convmlp.",
+        datasets=[stage.hub for stage in stages if stage.hub],
     )
 
 
-def _tell_own(about: Mapping[str, Any]) -> Story:
-    """Of a checkpoint of classification.py. Where its pictures lay is nobody's business."""
+def _read_recipe(config: Path) -> dict[str, Any]:
+    """The values of a config of classification.py over those of its base."""
+    values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    base = values.pop("base", None)
+    return {**(_read_recipe(config.parent / base) if base else {}), **values}
+
+
+def _own_history(about: Mapping[str, Any]) -> History:
+    """Of a checkpoint of classification.py. Where its images lay is nobody's business."""
     args = about.get("args") or {}
-    data = args.get("dataset") or "a folder of pictures"
+    data = args.get("dataset") or "a folder of images"
     start = "from random weights"
     if args.get("initial_checkpoint"):
         start = "from another checkpoint"
     elif args.get("pretrained"):
         start = "from published weights"
-    settings = {words: args.get(key) for key, words in SETTINGS.items()}
-    story = Story(
+    history = History(
         f"Its weights were trained by convmlp on {data}, {start}.",
-        training=_list({words: value for words, value in settings.items() if value}),
+        settings={words: args[key] for key, words in SETTINGS.items() if args.get(key)},
     )
     row = next((row for row in about.get("history") or () if row["epoch"] == about["epoch"]), None)
-    if row is None:  # written within an epoch
-        return story
-    score = EvalResult(
-        task_type="image-classification",
-        dataset_type=args.get("dataset") or "imagefolder",
-        dataset_name=data,
-        dataset_split=args.get("val_split"),
-        metric_type="accuracy",
-        metric_name="top-1 accuracy",
-        metric_value=round(row["eval_ema_top1" if args.get("model_ema") else "eval_top1"] / 100, 4),
-    )
-    return story._replace(score=score, measured=f"Measured in training, after {row['epoch'] + 1} epochs.")
+    if row:  # else it was written within an epoch
+        history.measured = f"Measured in training, after {plural(row['epoch'] + 1, 'epoch')}."
+        history.score = EvalResult(
+            task_type="image-classification",
+            dataset_type=args.get("dataset") or "imagefolder",
+            dataset_name=data,
+            dataset_split=args.get("val_split"),
+            metric_type="accuracy",
+            metric_name="top-1 accuracy",
+            metric_value=round(row["eval_ema_top1" if args.get("model_ema") else "eval_top1"] / 100, 4),
+        )
+    return history
 
 
 def _facts(classifier: Classifier) -> dict[str, str]:
@@ -236,23 +206,22 @@ def _facts(classifier: Classifier) -> dict[str, str]:
     }
 
 
-def _results(score: EvalResult, measured: str) -> str:
+def _describe_score(score: EvalResult) -> str:
     split = f", {score.dataset_split}" if score.dataset_split else ""
-    row = {f"{score.metric_name} on {score.dataset_name}{split}": f"{100 * score.metric_value:.1f} %"}
-    return f"{_list(row)}\n{measured}\n"
+    return _plain(f"{score.metric_name} on {score.dataset_name}{split}: {100 * score.metric_value:.1f} %")
 
 
 def _licence(classifier: Classifier) -> str:
     cfg = classifier.model.pretrained_cfg
     if classifier.origin != "published":
-        return "That of the weights is for their owner to choose: add `license:` to the head of this file.\n"
+        return "That of the weights is for their owner to choose: add `license:` to the head of this file."
     origin = f", at {cfg['origin_url']}" if cfg.get("origin_url") else ""
-    return f"The weights were published under {cfg['license']}{origin}.\n" if cfg.get("license") else ""
+    return f"The weights were published under {cfg['license']}{origin}." if cfg.get("license") else ""
 
 
-def _list(rows: Mapping[str, Any]) -> str:
-    """A list in Markdown; names of classes and the like may be any text."""
-    return "".join(f"- {_plain(key)}: {_plain(value)}\n" for key, value in rows.items())
+def _plain_items(rows: Mapping[str, Any]) -> dict[str, str]:
+    """For lists in Markdown; names of classes and the like may be any text."""
+    return {_plain(key): _plain(value) for key, value in rows.items()}
 
 
 def _plain(text: Any) -> str:

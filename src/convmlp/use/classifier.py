@@ -1,6 +1,7 @@
-"""A classifier ready for use: its weights, the names of its classes, and how it takes its pictures."""
+"""A classifier ready for use: its weights, the names of its classes, and how it takes its images."""
 
-import logging
+import os
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
 
+from ..common.classes import read_class_names
 from ..common.devices import choose_device
-from ..common.errors import CheckpointError, RunError
+from ..common.errors import CheckpointError, RunError, plural
 from ..common.images import to_mode
 from ..model import ConvMLP
 from ..timm_models import (  # and our models are registered with timm
@@ -28,15 +30,16 @@ from ..timm_models import (  # and our models are registered with timm
     layer_names,
     load_weights,
     per_channel,
-    published_file,
 )
 from ..weights import extract_state_dict, find_checkpoint, fitting_variant, read_checkpoint
-from ..zoo import VARIANTS
+from ..zoo import VARIANTS, variant_of
 
-_logger = logging.getLogger(__name__)
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors", ".onnx", ".pt2")
+SMALLEST, LARGEST = 32, 16384  # pixels on a side of what a model sees
 
-CHECKPOINT_SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors")
-LARGEST = 16384  # pixels on a side of what a model sees
+# Arguments of a model that a checkpoint cannot set: they are given by what it holds, or read other files
+RESERVED = """name pretrained progress option num_classes in_chans global_pool img_size
+    pretrained_cfg pretrained_cfg_overlay checkpoint_path cache_dir""".split()
 
 
 @dataclass
@@ -62,7 +65,7 @@ class Classifier:
         """Pillow's name for the channels that the model takes."""
         channels = self.data_config["input_size"][0]
         if channels not in (1, 3):
-            raise RunError(f"{self.title} takes {channels} channels, and pictures are read as 1 or 3")
+            raise RunError(f"{self.title} takes {plural(channels, 'channel')}, and images are read as 1 or 3")
         return "L" if channels == 1 else "RGB"
 
     @cached_property
@@ -99,94 +102,131 @@ def open_classifier(
         RunError, CheckpointError: an unknown name, or weights that cannot be had or do not fit.
     """
     chosen = choose_device(device)
-    if img_size is not None and not 32 <= img_size <= LARGEST:
-        limit = "32 px or more" if img_size < 32 else f"{LARGEST} px or less"
-        raise RunError(f"--img-size is {limit}, got {img_size}")
-    folder = _hub_folder(checkpoint)
-    if folder:
+    if img_size is not None and not SMALLEST <= img_size <= LARGEST:
+        raise RunError(f"--img-size must be between {SMALLEST} and {LARGEST} px, got {img_size}")
+    if folder := _hub_folder(checkpoint):
         model, checkpoint = f"local-dir:{folder}", None
-    origin = "file"
     if checkpoint is None:
-        name = model or "convmlp_s"
-        check_name("--model", name)
-        settings: dict[str, Any] = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
-        network = create_timm_model(name, pretrained, **settings)
-        about: Mapping[str, Any] = {}
-        title = name if pretrained else f"{name} (random weights)"
-        if not pretrained:
-            origin = "random"
-        elif not name.startswith(SOURCES):
-            origin = "published"
+        classifier = _create(model or "convmlp_s", pretrained, img_size)
     else:
-        name, network, about = _load(model, checkpoint)
-        title = f"{name} of {checkpoint}"
-    class_names = about.get("class_names") or _class_names(network)
+        classifier = _load(model, checkpoint)
+    number = len(classifier.class_names)
     if class_map:
-        given = _read_lines(class_map)
-        if len(given) != len(class_names):
-            raise RunError(f"{class_map} names {len(given)} classes, {checkpoint or name} has {len(class_names)}")
-        class_names = given
-    config = about.get("data_config") or _data_config(network)
-    if img_size and img_size != config["input_size"][-1]:
-        if checkpoint and has_fixed_size(name):
-            raise RunError(f"--img-size: {title} works at its own {config['input_size'][-1]} px alone")
-        config = {**config, "input_size": (config["input_size"][0], img_size, img_size)}
-    told: dict[str, Any] = {key: about[key] for key in ("args", "epoch", "history") if key in about}
-    return Classifier(name, network.to(chosen).eval(), class_names, config, chosen, title, origin, told)
+        classifier.class_names = read_class_names(class_map, unique=False)
+        if len(classifier.class_names) != number:
+            given = plural(len(classifier.class_names), "class")
+            raise RunError(f"{class_map} names {given}, {checkpoint or classifier.name} has {number}")
+    channels, *_, side = classifier.data_config["input_size"]
+    if img_size and img_size != side:
+        if checkpoint and has_fixed_size(classifier.name):
+            raise RunError(f"--img-size: {classifier.title} works only at its own {side} px")
+        classifier.data_config = {**classifier.data_config, "input_size": (channels, img_size, img_size)}
+    classifier.model.to(chosen).eval()
+    classifier.device = chosen
+    return classifier
 
 
 def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
-    """A classifier by one text, the name of a model or a checkpoint; other arguments as for `open_classifier`."""
-    path = Path(model_or_checkpoint)
-    is_there = path.is_file() or _hub_folder(model_or_checkpoint) is not None
-    if is_there or path.suffix in CHECKPOINT_SUFFIXES or "://" in model_or_checkpoint:
-        return open_classifier(checkpoint=model_or_checkpoint, **settings)
-    return open_classifier(model_or_checkpoint, **settings)
+    """A classifier by one text, the name of a model or a checkpoint; other arguments as for `open_classifier`.
+
+    A name that timm knows is that model, whatever the current folder holds: `./convmlp_s` is the file or folder there.
+    """
+    text = model_or_checkpoint
+    is_there = os.path.isfile(text) or _hub_folder(text) is not None
+    if not is_model(text) and (is_there or text.endswith(SUFFIXES) or "://" in text):
+        return open_classifier(checkpoint=text, **settings)
+    return open_classifier(text, **settings)
 
 
-def _load(model: str | None, checkpoint: str) -> tuple[str, TimmModel, Mapping[str, Any]]:
-    """The model of a checkpoint, and what else the checkpoint says: class_names, data_config, args."""
+def is_model(text: str) -> bool:
+    """Whether this is a name that timm knows, alone or with a tag that it knows."""
+    name, _, tag = text.partition(".")
+    return timm.is_model(name) and (not tag or text in timm.list_pretrained(f"{name}.*"))
+
+
+def _create(name: str, pretrained: bool, img_size: int | None) -> Classifier:
+    """A model with published weights, those of a folder, or random ones."""
+    check_name("--model", name)
+    settings: dict[str, Any] = {"img_size": img_size} if img_size and has_fixed_size(name) else {}
+    network = create_timm_model(name, pretrained, **settings)
+    title = name if pretrained else f"{name} (random weights)"
+    origin = "random" if not pretrained else "file" if name.startswith(SOURCES) else "published"
+    return Classifier(name, network, _class_names(network), _data_config(network), torch.device("cpu"), title, origin)
+
+
+def _load(model: str | None, checkpoint: str) -> Classifier:
+    """The model of a checkpoint, which may also know its class_names, data_config and args."""
     path = find_checkpoint(checkpoint)
     try:
         content = read_checkpoint(path)
     except CheckpointError as error:
-        hint = "; one of a detector or segmentor needs its --config FILE" if zipfile.is_zipfile(path) else ""
-        raise CheckpointError(f"{error}{hint}") from error
+        raise CheckpointError(_explain(error, path)) from error
     weights = extract_state_dict(content, name=str(path))
     about = content if isinstance(content, Mapping) and isinstance(content.get("arch"), str) else {}
     _check_about(about, path)
-    args = about.get("args") or {}
     if any(key.startswith("backbone.") for key in weights):
         raise RunError(f"{path} is a detector or segmentor: name its config too, --config FILE")
-    if about and model and model != about["arch"]:
-        raise RunError(f"{path} is of {about['arch']}, not of --model {model}; it needs no --model")
     name = model or about.get("arch") or _published_name(checkpoint, weights) or fitting_variant(weights)
     if name is None:
         raise RunError(f"{path} does not tell its model: --model NAME")
+    if about and _architecture(name) != _architecture(about["arch"]):
+        raise RunError(f"{path} is of {about['arch']}, not of --model {model}; it needs no --model")
     check_name("--model", name)
     if not model:
         check_source(name, str(path))
-    settings = {"global_pool": args["gp"]} if args.get("gp") else {}
-    if about and has_fixed_size(name):
-        settings["img_size"] = about["data_config"]["input_size"][-1]
+    network = _build(name, weights, about, path)
+    load_weights(network, content, str(path))
+    names = about.get("class_names") or _class_names(network)
+    config = about.get("data_config") or _data_config(network)
+    known = {key: about[key] for key in ("args", "epoch", "history") if key in about}
+    return Classifier(name, network, names, config, torch.device("cpu"), f"{name} of {checkpoint}", "file", known)
+
+
+def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, Any], path: Path) -> TimmModel:
+    """The model that these weights fit, not yet filled with them."""
+    args = about.get("args") or {}
     head, first_conv = (weights.get(f"{layer}.weight") for layer in layer_names(name))
     if head is None or head.ndim == 0 or len(head) == 0:
         raise RunError(f"{path} holds no head of {name}, so it cannot classify")
     classes = about.get("class_names")
     if classes and len(classes) != len(head):
-        raise CheckpointError(f"{path} names {len(classes)} classes, its head has {len(head)}")
+        raise CheckpointError(f"{path} names {plural(len(classes), 'class')}, its head has {len(head)}")
     conv_chans = first_conv.shape[1:2] if first_conv is not None and first_conv.ndim == 4 else ()
     in_chans = args.get("in_chans") or (conv_chans[0] if conv_chans else 3)
+    settings = {"global_pool": args["gp"]} if args.get("gp") else {}
+    if about and has_fixed_size(name):
+        settings["img_size"] = about["data_config"]["input_size"][-1]
     settings |= dict(num_classes=len(head), in_chans=in_chans)
     network = create_timm_model(name, **settings, **(args.get("model_kwargs") or {}))
     channels = {in_chans, *(conv_chans if isinstance(network, ConvMLP) else ())}
     channels |= {about["data_config"]["input_size"][0]} if about else set()
     if len(channels) > 1:
-        raise CheckpointError(
-            f"{path} contradicts itself: its pictures have {' or '.join(map(str, channels))} channels"
-        )
-    load_weights(network, content, str(path))
-    return name, network, about
+        raise CheckpointError(f"{path} contradicts itself: its images have {' or '.join(map(str, channels))} channels")
+    return network
+
+
+def _architecture(name: str) -> str:
+    """What a timm name builds, whatever its tag; ours have two names each."""
+    return variant_of(name) or name.partition(".")[0]
+
+
+def _explain(error: CheckpointError, path: Path) -> str:
+    """Why a file is not a checkpoint; of a program such as `convmlp export` writes, what it is."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {name.rpartition("/")[2] for name in archive.namelist()}
+    except Exception:  # no archive, or one so damaged that it has no list
+        members = set()
+    if members & {"archive_format", "serialized_exported_program.json"}:
+        return f"{path} is a torch.export program, not a checkpoint; docs/using.md says how to run one"
+    if "constants.pkl" in members:
+        return f"{error}; docs/using.md says how to run one"
+    if members:
+        return f"{error}; one of a detector or segmentor needs its --config FILE"
+    # ONNX's protocol buffer begins with its version; then comes the producer, the graph, or the operator sets
+    if os.path.isfile(path) and re.match(rb"\x08[\x01-\x20][\x12\x3a\x42]", path.open("rb").read(3)):
+        return f"{path} is an ONNX model, not a checkpoint; docs/recipes/onnxruntime.md says how to run one"
+    return str(error)
 
 
 def _check_about(about: Mapping[str, Any], path: Path) -> None:
@@ -194,18 +234,20 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     if not about:
         return
     names, args = about.get("class_names"), about.get("args")
+    settings = args.get("model_kwargs") or {} if isinstance(args, Mapping) else None
     config: Any = about.get("data_config")
     sides: Any = config.get("input_size") if isinstance(config, Mapping) else None
     right = {
         "class_names": isinstance(names, list) and all(isinstance(name, str) for name in names),
-        "args": isinstance(args, Mapping) and _are_settings(args.get("model_kwargs") or {}),
+        "args": isinstance(settings, Mapping) and all(isinstance(key, str) and key not in RESERVED for key in settings),
         "data_config": isinstance(sides, (list, tuple))
         and len(sides) == 3
         and all(isinstance(n, int) and 0 < n <= LARGEST for n in sides),
     }
     for key, holds in right.items():
         if not holds:
-            raise CheckpointError(f"{path} is no checkpoint of classification.py: its {key} is {about.get(key)!r:.80}")
+            value = about.get(key)
+            raise CheckpointError(f"{path} is not a checkpoint of classification.py: its {key} is {value!r:.80}")
     mode = "L" if sides[0] == 1 else "RGB"
     try:
         create_transform(**{**config, "input_size": (sides[0], 32, 32)})(Image.new(mode, (40, 36)))
@@ -213,24 +255,19 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: its data_config cannot be used: {type(error).__name__}: {error}") from error
 
 
-def _are_settings(arguments: Any) -> bool:
-    """Whether these can be arguments of a model beside those that `_load` gives it."""
-    own = {"name", "pretrained", "progress", "option", "num_classes", "in_chans", "global_pool", "img_size"}
-    own |= {"pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir"}
-    return isinstance(arguments, Mapping) and all(isinstance(key, str) and key not in own for key in arguments)
-
-
 def _hub_folder(checkpoint: str | None) -> Path | None:
     """The folder of a model in Hugging Face's form, by its own path or that of the weights in it."""
-    path = Path(checkpoint or "nowhere")
+    if checkpoint is None:
+        return None
+    path = Path(checkpoint)
     folder = path.parent if path.name == "model.safetensors" else path
-    return folder if (folder / "config.json").is_file() and path.exists() else None
+    return folder if os.path.isfile(folder / "config.json") and path.exists() else None
 
 
 def _published_name(source: str, weights: Mapping[str, torch.Tensor]) -> str | None:
     """The timm name of a published file, which says how it was normalised: convmlp_s_cifar10.pth has its own way."""
     names = [name for variant in VARIANTS for name in timm.list_pretrained(f"{variant}.*")]
-    files = {published_file(name): name for name in names}
+    files = {str(timm.get_pretrained_cfg_value(name, "url")).rpartition("/")[2]: name for name in names}
     return files.get(source.rpartition("/")[2]) if fitting_variant(weights) else None
 
 
@@ -249,20 +286,12 @@ def _class_names(network: TimmModel) -> list[str]:
     names = network.pretrained_cfg.get("label_names")
     if names and len(names) == network.num_classes:
         return list(names)
-    subset = infer_imagenet_subset(network)
-    if subset:
+    if subset := infer_imagenet_subset(network):
         info = ImageNetInfo(subset)
         return [info.index_to_description(i) for i in range(info.num_classes())]
     return numbered_names(network.num_classes)
 
 
 def numbered_names(n: int) -> list[str]:
-    """What stands in for the names of n classes that nobody told."""
+    """What stands in for the names of n classes that nobody named."""
     return [f"class {i}" for i in range(n)]
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"cannot read the class names in {path}: {getattr(error, 'strerror', error)}") from error

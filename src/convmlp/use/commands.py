@@ -1,21 +1,20 @@
 """The verbs of `convmlp` that use a trained model: predict, visualize, export, info."""
 
 import argparse
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..common.command import Verb, fraction, positive_int
-from ..common.errors import RunError
+from ..common.errors import RunError, plural
 from ..common.files import check_writable, make_folder, write_atomically
 from ..common.output import say, show_table, write_result
 
 
 def _predict_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("pictures", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
+    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
     add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
     add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
@@ -23,54 +22,56 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
     add("--score-threshold", type=fraction, metavar="P", help="leave out detections below (0.3)")
     add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
-    add("--batch-size", type=positive_int, metavar="N", help="pictures at once (16)")
+    add("--batch-size", type=positive_int, metavar="N", help="images at once (16)")
     add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
     add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
-    add("--save-dir", metavar="DIR", help="draw the result into copies of the pictures")
+    add("--save-dir", metavar="DIR", help="draw the result into copies of the images")
     _add_machine(parser)
+
+
+Drawn = Callable[[Path], Path] | None  # where the drawn copy of an image goes
+Found = tuple[list[dict[str, Any]], Sequence[Exception]]
 
 
 def _predict(options: argparse.Namespace) -> int:
     from ..common.images import find_images
-    from . import results
+    from . import tables
 
-    paths = list(dict.fromkeys(path for place in options.pictures for path in find_images(place)))
+    paths = list(dict.fromkeys(path for place in options.images for path in find_images(place)))
     for file in (options.json, options.csv):
         if file and file != "-":
             check_writable(Path(file))
     if options.json and options.json == options.csv:
         raise RunError(f"--json and --csv cannot both be {options.json}")
+    drawn: Drawn = None
     if options.save_dir is not None:
         make_folder(Path(options.save_dir))
-        inputs = {path.resolve() for path in paths}
-        for name in results.drawn_names(paths):
-            if (Path(options.save_dir) / name).resolve() in inputs:
-                raise RunError(f"--save-dir {options.save_dir} holds the pictures themselves: {name} would be replaced")
-    rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths)
+        copies = [Path(options.save_dir, name) for name in tables.drawn_names(paths)]
+        for copy in copies:
+            if copy.resolve() in {path.resolve() for path in paths}:
+                raise RunError(f"--save-dir {options.save_dir} holds the images: {copy.name} would be replaced")
+        drawn = dict(zip(paths, copies, strict=True)).__getitem__
+    rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths, drawn)
 
-    write_result(options.json, lambda file: results.write_json(file, rows, unreadable))
-    write_result(options.csv, lambda file: results.write_csv(file, rows))
+    write_result(options.json, lambda file: tables.write_json(file, rows, unreadable))
+    write_result(options.csv, lambda file: tables.write_csv(file, rows))
     if "-" not in (options.json, options.csv) and rows:
-        show_table(results.make_table(rows))
+        show_table(tables.make_table(rows))
     if options.save_dir:
-        say(f"{len(rows)} pictures drawn in {options.save_dir}")
+        say(f"{plural(len(rows), 'image')} drawn in {options.save_dir}")
     for error in unreadable:
         say(f"skipped: {error}")
     if unreadable:
-        say(f"{len(unreadable)} of {len(paths)} pictures were left out")
+        say(f"{len(unreadable)} of {plural(len(paths), 'image')} left out")
     return 1 if unreadable else 0
 
 
-Found = tuple[list[dict[str, Any]], Sequence[Exception]]
-
-
-def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
+def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Drawn) -> Found:
     _refuse(options, ("score_threshold", "trust_checkpoint"), "is for detection and segmentation: --config FILE")
 
     from ..common.images import read_image
     from . import predict
     from .classifier import open_classifier
-    from .results import drawn_names
 
     classifier = open_classifier(
         options.model,
@@ -81,62 +82,48 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path]) -> Found:
     )
     topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
     predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
-    names = dict(zip(paths, drawn_names(paths), strict=True))
-    for prediction in predictions if options.save_dir else []:
-        drawn = predict.draw(read_image(prediction.path), prediction.best)
-        write_atomically(Path(options.save_dir) / names[prediction.path], drawn.save)
+    for prediction in predictions:
+        if drawn and prediction.path:
+            copy = predict.draw_classes(read_image(prediction.path), prediction.best)
+            write_atomically(drawn(prediction.path), copy.save)
     small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
     if small:
         (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
         example = f"{small[0].path}, {width}x{height} px"
-        say(f"enlarged to {side} px: {len(small)} of {len(paths)} pictures, such as {example}")
+        say(f"enlarged to {side} px: {len(small)} of {plural(len(paths), 'image')}, such as {example}")
     return [prediction.row() for prediction in predictions], unreadable
 
 
-def _predict_objects(options: argparse.Namespace, paths: list[Path]) -> Found:
+def _predict_objects(options: argparse.Namespace, paths: list[Path], drawn: Drawn) -> Found:
     _refuse(options, ("model", "class_map", "img_size", "topk", "batch_size"), "is for classifiers, not for --config")
     if not options.checkpoint:
         raise RunError("--config needs the trained weights: --checkpoint FILE")
 
-    from mmengine.logging import MMLogger
-    from tqdm import tqdm
+    from ..openmmlab.inference import predict_files
 
-    MMLogger.get_current_instance().setLevel(logging.WARNING)  # its news would stand among the results
-    from ..common.images import read_image
-    from ..openmmlab import drawing, inference
-    from .results import drawn_names
-
-    model = inference.open_model(options.config, options.checkpoint, options.device, options.trust_checkpoint)
-    if model.library == "mmseg":
-        _refuse(options, ("score_threshold",), "is for detection, and this is a segmentor")
-    threshold = inference.SCORE_THRESHOLD if options.score_threshold is None else options.score_threshold
-    rows: list[dict[str, Any]] = []
-    unreadable: list[RunError] = []
-    hidden = None if len(paths) > 1 else True
-    for path, name in zip(tqdm(paths, unit="picture", leave=False, disable=hidden), drawn_names(paths), strict=True):
-        try:
-            image = read_image(path)
-            [result] = inference.predict(model, [image])
-        except RunError as error:
-            unreadable.append(error)
-            continue
-        rows.append({"picture": str(path), **inference.to_json(result, model.class_names, threshold)})
-        if options.save_dir:
-            drawn = drawing.draw(model, image, result, threshold)
-            write_atomically(Path(options.save_dir) / name, drawn.save)
-    return rows, unreadable
+    return predict_files(
+        paths,
+        options.config,
+        options.checkpoint,
+        device=options.device,
+        score_threshold=options.score_threshold,
+        trust_checkpoint=options.trust_checkpoint,
+        drawn=drawn,
+        progress=True,
+    )
 
 
 def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
-    """Options that would change nothing are mistakes."""
+    """An option that would change nothing is an error."""
     for name in names:
-        if getattr(options, name) not in (None, False):
+        value = getattr(options, name)
+        if value is not None and value is not False:  # 0.0 is a threshold, though it equals False
             raise RunError(f"--{name.replace('_', '-')} {reason}")
 
 
 def _visualize_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("image", nargs="?", metavar="IMAGE", help="a picture; filters need none")
+    add("image", nargs="?", metavar="IMAGE", help="a file; filters need none")
     add("--models", nargs="+", default=["convmlp_s"], metavar="MODEL", help="timm names or checkpoints, a row each")
     add("--kind", choices=["features", "cam", "filters"], default="features", help="cam is Grad-CAM")
     add("--classes", nargs="+", metavar="NAME|N", help="what cam looks for; by default what the model finds")
@@ -150,9 +137,9 @@ def _visualize(options: argparse.Namespace) -> None:
     out = out if out.suffix else out.with_suffix(".png")
     check_writable(out)
     if not options.image and options.kind != "filters":
-        raise RunError(f"--kind {options.kind} needs a picture: convmlp visualize IMAGE, before --models")
+        raise RunError(f"--kind {options.kind} needs an image: convmlp visualize IMAGE, before --models")
     if options.kind == "filters" and (options.image or options.img_size):
-        raise RunError("--kind filters shows what the models are made of: it takes no picture and no --img-size")
+        raise RunError("--kind filters shows what the models are made of: it takes no image and no --img-size")
     if options.classes and options.kind != "cam":
         raise RunError("--classes is for --kind cam")
 
@@ -163,16 +150,16 @@ def _visualize(options: argparse.Namespace) -> None:
 
     check_format(out)
     if options.kind == "filters":
-        draw = visualize.filter_figure
+        make_figure = visualize.filter_figure
     elif options.kind == "features":
-        draw = partial(visualize.feature_figure, read_image(options.image))
+        make_figure = partial(visualize.feature_figure, read_image(options.image))
     else:
-        draw = partial(visualize.cam_figure, read_image(options.image), wanted=options.classes or ())
+        make_figure = partial(visualize.cam_figure, read_image(options.image), wanted=options.classes or ())
     classifiers = [
         open_any(model, pretrained=options.pretrained, device=options.device, img_size=options.img_size)
         for model in options.models
     ]
-    save_figure(draw(classifiers), out)
+    save_figure(make_figure(classifiers), out)
     say(f"drawn: {out}")
 
 
@@ -240,9 +227,8 @@ def _info(options: argparse.Namespace) -> None:
         rows.append((model, info.measure(classifier.model, size), size[-1]))
     if options.layers or len(options.models) == 1:
         for name, cost, _ in rows:
-            show_table(
-                info.layer_table(cost, options.depth or 2, options.markdown), f"{name}:" if len(rows) > 1 else ""
-            )
+            title = f"{name}:" if len(rows) > 1 else ""
+            show_table(info.layer_table(cost, options.depth or 2, options.markdown), title)
     show_table(info.cost_table(rows, options.markdown))
     if not options.models:
         show_table(info.downstream_table(options.markdown))
@@ -267,12 +253,7 @@ VERBS = [
         _predict,
         "unexpected argument {}; images stand together, before the options",
     ),
-    Verb(
-        "visualize",
-        "Draw feature maps, class activation maps or first filters of models.",
-        _visualize_options,
-        _visualize,
-    ),
+    Verb("visualize", "Draw feature maps, class activation maps or first filters.", _visualize_options, _visualize),
     Verb("export", "Write a model for other programs, and check the file against PyTorch.", _export_options, _export),
     Verb(
         "info",

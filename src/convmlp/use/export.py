@@ -1,6 +1,12 @@
 """Classifiers as files for other programs: ONNX, torch.export, TorchScript, and timm's safetensors folder.
 
 What was written is loaded again and compared with the PyTorch model before it takes its name.
+
+A file maps normalised images (b, c, h, w) to logits (b, classes). ONNX metadata_props tell arch, class_names,
+input_size, mean, std and the rest of timm's data configuration, each in JSON; torch-export and torchscript hold all of
+them in an extra file, classifier.json. A safetensors folder is a model for timm after `import convmlp.timm_models`:
+`timm.create_model('local-dir:FOLDER', pretrained=True)`, also for transformers, and its README.md is a card for Hugging
+Face's Hub.
 """
 
 import copy
@@ -15,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +30,9 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from ..common.errors import RunError, suggest
+from ..common.errors import RunError, one_line, suggest
 from ..common.files import check_writable, make_folder, write_atomically
+from ..common.packages import need
 from ..deploy import fold_batchnorm
 from .card import make_card
 from .classifier import Classifier, numbered_names
@@ -33,9 +41,10 @@ _logger = logging.getLogger(__name__)
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 Shape = tuple[int, int, int]
+Writer = Callable[[Classifier, nn.Module, torch.Tensor, Path], Run]  # given an example, it returns what reads the file
 
-# What names end in by custom; safetensors makes a folder
-SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": ""}
+# What names end in by default; safetensors makes a folder, whose name must not be that of a model
+SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2", "torchscript": ".pt", "safetensors": "-safetensors"}
 
 # How far a logit may be from the model's, over the largest logit of the batch. Measured: 5e-6 and 4e-3
 TOLERANCES = {torch.float32: 1e-4, torch.float16: 2e-2}
@@ -69,12 +78,7 @@ def export(
     opset: int | None = None,
     overwrite: bool = False,
 ) -> Report:
-    """Write a classifier for another program, and check it: normalised images (b, c, h, w) -> logits (b, classes).
-
-    ONNX metadata_props tell arch, class_names, input_size, mean, std and the rest of timm's data configuration, each
-    in JSON; torch-export and torchscript hold all of them in an extra file, classifier.json. A safetensors folder is
-    a model for timm after `import convmlp.timm_models`: `timm.create_model('local-dir:FOLDER', pretrained=True)`, also
-    for transformers, and its README.md is a card for Hugging Face's Hub.
+    """Write a classifier for another program, and check what was written.
 
     Args:
         path: The file to write; for safetensors the folder.
@@ -92,36 +96,21 @@ def export(
     """
     path = Path(path)
     _check_request(path, format, fold, opset, overwrite)
-    channels, h, w = classifier.data_config["input_size"]
+    writers: dict[str, Writer] = {
+        "onnx": partial(_write_onnx, dynamic=dynamic, opset=opset),
+        "torch-export": partial(_write_torch_export, dynamic=dynamic),
+        "torchscript": partial(_write_torchscript, dynamic=dynamic),
+        "safetensors": _write_safetensors,
+    }
+    _, h, w = classifier.data_config["input_size"]
     shapes: list[Shape] = [(1, h, w)] * 3
     if dynamic:
         shapes = [(1, h, w), (3, h, w), (2, max(MIN_SIDE + 1, h - 31), w + 33), (1, MIN_SIDE, MIN_SIDE)]
     dtype = torch.float16 if half else torch.float32
-    reference = copy.deepcopy(classifier.model).eval().requires_grad_(False)
-    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format)
-    network = (fold_batchnorm(reference) if fold else copy.deepcopy(reference)).to(dtype)
-    arch = classifier.model.pretrained_cfg["architecture"]
-    about = {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
-    images = [
-        torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
-        for seed, (b, h, w) in enumerate(shapes)
-    ]
-    reports = []
+    checks = []
 
     def write_and_check(target: Path) -> None:
-        expected = [reference(x) for x in images]  # first of all, lest the model itself cannot take these sizes
-        example = images[0].to(dtype)
-        if format == "onnx":
-            run = _write_onnx(_capture(network, example, dynamic), target, about, opset)
-        elif format == "torch-export":
-            run = _write_torch_export(_capture(network, example, dynamic), target, about)
-        elif format == "torchscript":
-            run = _write_torchscript(network, example, target, about, dynamic)
-        else:
-            run = _write_safetensors(network, target, classifier)
-        differences = _compare([run(x.to(dtype)).float() for x in images], expected, TOLERANCES[dtype])
-        size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-        reports.append(Report(path, size, dtype, shapes, *differences))
+        checks.append(_write_and_check(classifier, writers[format], target, shapes, dtype, fold))
 
     try:
         with _quiet(), torch.no_grad():
@@ -131,9 +120,9 @@ def export(
     except Exception as error:  # of compilers, which raise anything
         _logger.debug("the export failed", exc_info=True)
         wanted = f"{format}{' with free sizes' if dynamic else ''}{' in float16' if half else ''}"
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RunError(f"{classifier.title} cannot be exported as {wanted}: {reason}") from error
-    return reports[0]
+        raise RunError(f"{classifier.title} cannot be exported as {wanted}: {one_line(error)}") from error
+    size, absolute, relative = checks[0]
+    return Report(path, size, dtype, shapes, absolute, relative)
 
 
 def _check_request(path: Path, format: str, fold: bool, opset: int | None, overwrite: bool) -> None:
@@ -143,10 +132,8 @@ def _check_request(path: Path, format: str, fold: bool, opset: int | None, overw
         raise RunError("safetensors keeps the names that timm knows, so BatchNorm cannot be folded there")
     if opset is not None and format != "onnx":
         raise RunError(f"an opset is for onnx, not for {format}")
-    needed = ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise RunError(f"{format} needs a missing package: pip install {' '.join(missing)}")
+    if format == "onnx":
+        need("onnx", "onnx", "onnxscript", "onnxruntime")
     if format == "safetensors":
         make_folder(path.parent)
     else:
@@ -155,9 +142,37 @@ def _check_request(path: Path, format: str, fold: bool, opset: int | None, overw
         raise RunError(f"{path} exists already; --overwrite replaces it")
 
 
-def _write_onnx(exported: torch.export.ExportedProgram, path: Path, about: dict[str, Any], opset: int | None) -> Run:
+def _write_and_check(
+    classifier: Classifier, write: Writer, target: Path, shapes: list[Shape], dtype: torch.dtype, fold: bool
+) -> tuple[int, float, float]:
+    """Write a classifier, and return how many bytes that are and how far it is from the model, see `_compare`."""
+    reference = copy.deepcopy(classifier.model).eval().requires_grad_(False)
+    reference.to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    network = (fold_batchnorm(reference) if fold else copy.deepcopy(reference)).to(dtype)
+    channels = classifier.data_config["input_size"][0]
+    images = [
+        torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
+        for seed, (b, h, w) in enumerate(shapes)
+    ]
+    expected = [reference(x) for x in images]  # first of all, because the model itself may not take these sizes
+    run = write(classifier, network, images[0].to(dtype), target)
+    differences = _compare([run(x.to(dtype)).float() for x in images], expected, TOLERANCES[dtype])
+    size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
+    return size, *differences
+
+
+def _describe(classifier: Classifier) -> dict[str, Any]:
+    """What a file says of itself."""
+    arch = classifier.model.pretrained_cfg["architecture"]
+    return {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
+
+
+def _write_onnx(
+    classifier: Classifier, network: nn.Module, example: torch.Tensor, path: Path, dynamic: bool, opset: int | None
+) -> Run:
     import onnxruntime
 
+    exported = _capture(network, example, dynamic)
     program = torch.onnx.export(
         exported,
         input_names=["input"],
@@ -171,28 +186,32 @@ def _write_onnx(exported: torch.export.ExportedProgram, path: Path, about: dict[
     written = program.model.opset_imports[""]
     if opset not in (None, written):
         raise RunError(f"PyTorch cannot write this model in ONNX opset {opset}, only in {written} or so")
+    about = _describe(classifier)
     program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"input": images.numpy()})[0])
 
 
-def _write_torch_export(exported: torch.export.ExportedProgram, path: Path, about: dict[str, Any]) -> Run:
+def _write_torch_export(
+    classifier: Classifier, network: nn.Module, example: torch.Tensor, path: Path, dynamic: bool
+) -> Run:
+    exported = _capture(network, example, dynamic)
     with path.open("wb") as file:  # given a path, PyTorch insists on its own suffix
-        torch.export.save(exported, file, extra_files={"classifier.json": json.dumps(about)})
+        torch.export.save(exported, file, extra_files={"classifier.json": json.dumps(_describe(classifier))})
     with path.open("rb") as file:
         return torch.export.load(file).module()
 
 
 def _write_torchscript(
-    network: nn.Module, example: torch.Tensor, path: Path, about: dict[str, Any], dynamic: bool
+    classifier: Classifier, network: nn.Module, example: torch.Tensor, path: Path, dynamic: bool
 ) -> Run:
     scripted = torch.jit.script(network) if dynamic else torch.jit.trace(network, example, check_trace=False)
-    torch.jit.save(scripted, path, _extra_files={"classifier.json": json.dumps(about)})
+    torch.jit.save(scripted, path, _extra_files={"classifier.json": json.dumps(_describe(classifier))})
     return torch.jit.load(path)
 
 
-def _write_safetensors(network: nn.Module, folder: Path, classifier: Classifier) -> Run:
+def _write_safetensors(classifier: Classifier, network: nn.Module, example: torch.Tensor, folder: Path) -> Run:
     names = classifier.class_names
     labels = {} if names == numbered_names(len(names)) else {"label_names": names}
     save_for_hf(network, str(folder), labels, safe_serialization=True, data_config=classifier.data_config)
@@ -258,16 +277,12 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No chatter of the exporters: what comes of it is checked, and said in an error."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript")]
-    levels = [logger.level for logger in loggers]
+    """Without what the exporters print, log and warn of: what comes of it is checked, and said in an error."""
+    before = logging.root.manager.disable
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", FutureWarning)
-        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
         try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(before)

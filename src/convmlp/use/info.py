@@ -1,5 +1,6 @@
-"""What models cost and score: parameters, multiply-adds, activations, layers, published figures. `convmlp info`."""
+"""What models cost and score: parameters, multiply-adds, activations, layers, published scores. `convmlp info`."""
 
+from functools import partial
 from math import log2, prod
 from typing import Any, NamedTuple
 
@@ -7,10 +8,12 @@ import torch
 from rich import box
 from rich.table import Table
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from ..variations import PURE_MLPS
-from ..zoo import VARIANTS
+from ..zoo import VARIANTS, variant_of
+from .classifier import is_model
 
 OURS = (*VARIANTS, *PURE_MLPS)
 
@@ -59,52 +62,42 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     """Run a model once, in evaluation mode, on an image of zeros, (c, h, w), and count."""
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     shapes: dict[str, tuple[int, ...]] = {}
-
-    def remember(name: str) -> Any:
-        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
-
-        return hook
-
-    def outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        if isinstance(out_shape, torch.Size):
-            return prod(out_shape)
-        query, key = args[:2]  # attention in one operator, two products: (b, heads, n, n), then its values
-        return prod(query[:-1]) * key[-2] + prod(out_shape[0])
-
-    hooks = [module.register_forward_hook(remember(name)) for name, module in model.named_modules() if name]
-    values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, outputs))
+    parts = {name: module for name, module in model.named_modules() if name}
+    hooks = [part.register_forward_hook(partial(_note_shape, shapes, name)) for name, part in parts.items()]
+    values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, _count_outputs))
     operations = FlopCounterMode(display=False)
     try:
-        with values, operations:
-            model(torch.zeros(1, *input_size, device=device))
+        with values, operations, sdpa_kernel(SDPBackend.MATH):  # attention as its products, which have formulas
+            model(torch.zeros(1, *input_size, device=next(model.parameters()).device))
     finally:
         for hook in hooks:
             hook.remove()
         model.train(was_training)
-    root = type(model).__name__
     counts = operations.get_flop_counts()
-    layers = []
-    for name, module in model.named_modules():
-        parameters = count_parameters(module)
-        if name in shapes and parameters:
-            parents = [name.rpartition(".")[0]]
-            while parents[-1]:
-                parents.append(parents[-1].rpartition(".")[0])
-            layers.append(
-                Layer(
-                    name,
-                    type(module).__name__,
-                    1 + sum(parent in shapes for parent in parents),
-                    shapes[name][1:],
-                    _stride(shapes[name], input_size),
-                    parameters,
-                    sum(counts.get(f"{root}.{name}", {}).values()) // 2,
-                )
-            )
+    layers = [
+        Layer(
+            name,
+            type(part).__name__,
+            1 + sum(name.startswith(f"{other}.") for other in shapes),
+            shapes[name][1:],
+            _stride(shapes[name], input_size),
+            count_parameters(part),
+            sum(counts.get(f"{type(model).__name__}.{name}", {}).values()) // 2,
+        )
+        for name, part in parts.items()
+        if name in shapes and count_parameters(part)
+    ]
     return Cost(count_parameters(model), operations.get_total_flops() // 2, values.get_total_flops(), layers)
+
+
+def _note_shape(shapes: dict[str, tuple[int, ...]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
+
+def _count_outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """The values that an operator gives, in the form of PyTorch's formulas for its operations."""
+    return prod(out_shape)
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -121,51 +114,51 @@ def _stride(shape: tuple[int, ...], input_size: tuple[int, int, int]) -> int | N
 
 
 def cost_table(models: list[tuple[str, Cost, int]], markdown: bool = False) -> Table:
-    """A row a model: (name, cost, input size in pixels)."""
-    scores = list(next(iter(PUBLISHED.values()))) if any(_known(name) in PUBLISHED for name, _, _ in models) else []
-    table = _table(["model", "parameters", "MACs", "activations", "input", *scores], markdown)
-    for name, cost, size in models:
-        published = PUBLISHED.get(_known(name), {})
-        table.add_row(
-            name,
-            grouped(cost.parameters),
-            f"{cost.macs / 1e9:.3f} G",
-            f"{cost.activations / 1e6:.2f} M",
-            f"{size} px",
-            *(f"{published[score]:.1f}" if score in published else "" for score in scores),
-        )
-    return table
+    """A row a model: (name or checkpoint, cost, input size in pixels)."""
+    published = {name: PUBLISHED.get(variant_of(name) or "", {}) for name, *_ in models if is_model(name)}
+    columns = next((list(scores) for scores in published.values() if scores), [])
+    rows = [
+        [name, grouped(cost.parameters), f"{cost.macs / 1e9:.3f} G", f"{cost.activations / 1e6:.2f} M", f"{size} px"]
+        + _scores(published.get(name, {}), columns)
+        for name, cost, size in models
+    ]
+    return _table(["model", "parameters", "MACs", "activations", "input", *columns], rows, markdown)
 
 
 def downstream_table(markdown: bool = False) -> Table:
     """The paper's scores in detection and segmentation."""
     columns = list(next(iter(DOWNSTREAM.values())))
-    table = _table(["backbone", *columns], markdown)
-    for name, scores in DOWNSTREAM.items():
-        table.add_row(name, *(f"{scores[column]:.1f}" for column in columns))
-    return table
+    rows = [[name, *_scores(scores, columns)] for name, scores in DOWNSTREAM.items()]
+    return _table(["backbone", *columns], rows, markdown)
 
 
 def layer_table(cost: Cost, depth: int, markdown: bool = False) -> Table:
     """The layers of a model down to a depth, 1 for its outermost parts."""
-    table = _table(["layer", "kind", "output", "stride", "parameters", "MACs"], markdown)
-    for layer in cost.layers:
-        if layer.depth <= depth:
-            shape = " x ".join(map(str, layer.shape))
-            stride = str(layer.stride or "")
-            macs = f"{layer.macs / 1e6:.1f} M"
-            table.add_row(layer.name, layer.kind, shape, stride, grouped(layer.parameters), macs)
-    return table
+    rows = [
+        [
+            layer.name,
+            layer.kind,
+            " x ".join(map(str, layer.shape)),
+            str(layer.stride or ""),
+            grouped(layer.parameters),
+            f"{layer.macs / 1e6:.1f} M",
+        ]
+        for layer in cost.layers
+        if layer.depth <= depth
+    ]
+    return _table(["layer", "kind", "output", "stride", "parameters", "MACs"], rows, markdown)
 
 
-def _known(name: str) -> str:
-    return name.removesuffix("_classification").removesuffix(".in1k")
+def _scores(scores: dict[str, float], columns: list[str]) -> list[str]:
+    return [f"{scores[column]:.1f}" if column in scores else "" for column in columns]
 
 
-def _table(columns: list[str], markdown: bool) -> Table:
+def _table(columns: list[str], rows: list[list[str]], markdown: bool) -> Table:
     table = Table(box=box.MARKDOWN if markdown else box.SIMPLE)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -1,14 +1,13 @@
-"""Classes of pictures: `convmlp predict`.
+"""Classes of images: `convmlp predict`.
 
 from convmlp.use.classifier import open_classifier
 from convmlp.use.predict import predict
 
-predictions, unreadable = predict(["cat.jpg"], open_classifier("convmlp_s"))
-print(predictions[0].best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
+[prediction], unreadable = predict("cat.jpg", open_classifier("convmlp_s"))
+print(prediction.best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +16,12 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from ..common.errors import RunError
-from ..common.figures import picture_font
-from ..common.images import UnreadableImage, read_image
+from ..common.figures import image_font
+from ..common.images import SMALLEST_DRAWN, UnreadableImage, enlargement, read_image, to_mode
 from .classifier import Classifier
 
-SMALLEST_DRAWN, LARGEST_DRAWN = 384, 1280  # pixels; labels would cover a small picture
-SMALLEST_SEEN = 32
+LARGEST_DRAWN = 1280  # pixels; a larger image is drawn smaller
+SMALLEST_SEEN = 32  # pixels; of smaller images the enlargement is told
 TOPK, BATCH_SIZE = 5, 16
 
 
@@ -35,55 +34,78 @@ class Guess(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """A picture, its size (width, height) in pixels, and its most probable classes, the best first."""
+    """An image, its size (width, height) in pixels, and its most probable classes, the best first.
 
-    path: Path
+    `path` is None for an image that was given as such.
+    """
+
+    path: Path | None
     size: tuple[int, int]
     best: list[Guess]
 
     def row(self) -> dict[str, Any]:
-        """In plain values, see `results`."""
-        return {"picture": str(self.path), "classes": [guess._asdict() for guess in self.best]}
+        """In plain values, see `tables`."""
+        return {"image": str(self.path or ""), "classes": [guess._asdict() for guess in self.best]}
+
+
+Source = str | Path | Image.Image
 
 
 def predict(
-    paths: Sequence[str | Path],
+    images: Source | Sequence[Source],
     classifier: Classifier,
     topk: int = TOPK,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
 ) -> tuple[list[Prediction], list[UnreadableImage]]:
-    """Classify pictures as evaluation would: resized, cropped and normalised in the way of the classifier.
+    """Classify images as evaluation would: resized, cropped and normalised in the way of the classifier.
 
     Args:
-        paths: Files in any format that Pillow reads.
+        images: A file in any format that Pillow reads, a Pillow image, or a sequence of these.
         classifier: See `open_classifier`.
         topk: How many classes to name.
-        batch_size: How many pictures the model sees at once.
+        batch_size: How many images the model sees at once.
         progress: Show a bar on a terminal.
 
     Returns:
-        What was found, in the order of `paths`, and what could not be read.
+        What was found, in the order of `images`, and what could not be read.
     """
+    sources = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     predictions: list[Prediction] = []
     unreadable: list[UnreadableImage] = []
-    bar = tqdm(total=len(paths), unit="picture", leave=False, disable=None if progress and len(paths) > 1 else True)
-    with bar:
-        for names in _batches(paths, batch_size):
-            images = []
-            for name in names:
+    hidden = None if progress and len(sources) > 1 else True
+    with tqdm(total=len(sources), unit="image", leave=False, disable=hidden) as bar:
+        for start in range(0, len(sources), batch_size):
+            batch = sources[start : start + batch_size]
+            opened = []
+            for source in batch:
                 try:
-                    images.append((Path(name), read_image(name, classifier.image_mode)))
+                    opened.append(_open(source, classifier.image_mode))
                 except UnreadableImage as error:
                     unreadable.append(error)
-            if images:
-                probabilities = classify([image for _, image in images], classifier)
-                values, indices = probabilities.topk(min(topk, probabilities.shape[1]))
-                for (path, image), row, index in zip(images, values.tolist(), indices.tolist(), strict=True):
-                    best = [Guess(i, classifier.class_names[i], p) for i, p in zip(index, row, strict=True)]
-                    predictions.append(Prediction(path, image.size, best))
-            bar.update(len(names))
+            if opened:
+                found = _best([image for _, image in opened], classifier, topk)
+                predictions += [
+                    Prediction(path, image.size, best) for (path, image), best in zip(opened, found, strict=True)
+                ]
+            bar.update(len(batch))
     return predictions, unreadable
+
+
+def _open(source: Source, mode: str) -> tuple[Path | None, Image.Image]:
+    if isinstance(source, Image.Image):
+        return None, to_mode(source, mode)
+    return Path(source), read_image(source, mode)
+
+
+def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> list[list[Guess]]:
+    """The most probable classes of each image."""
+    probabilities = classify(images, classifier)
+    values, indices = probabilities.topk(min(topk, probabilities.shape[1]))
+    return [
+        [Guess(i, classifier.class_names[i], p) for i, p in zip(index, row, strict=True)]
+        for index, row in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
 
 
 @torch.inference_mode()
@@ -95,20 +117,14 @@ def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Ten
     return probabilities
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
-
-
-def draw(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
-    """The picture with its classes below it, each over a bar as long as it is probable."""
-    factor: float = max(1, math.ceil(SMALLEST_DRAWN / min(image.size)))
-    factor = min(factor, LARGEST_DRAWN / max(image.size))
+def draw_classes(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
+    """The image with its classes below it, each over a bar as long as it is probable."""
+    factor = min(enlargement(*image.size), LARGEST_DRAWN / max(image.size))
     size = [max(1, round(side * factor)) for side in image.size]
     image = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor > 1 else Image.Resampling.LANCZOS)
     width = max(image.width, SMALLEST_DRAWN)
     line = width // 20
-    font = picture_font(line * 0.55)
+    font = image_font(line * 0.55)
     sheet = Image.new("RGB", (width, image.height + line * len(best) + line // 2), "white")
     sheet.paste(image, ((width - image.width) // 2, 0))
     pen = ImageDraw.Draw(sheet)

@@ -8,15 +8,17 @@ figure.savefig("features.png")
 """
 
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
+from torchvision.utils import make_grid
 
 from ..common.errors import RunError, suggest
 from ..common.figures import new_figure, plain
@@ -33,14 +35,12 @@ MAX_FILTERS = 64
 def feature_figure(image: Image.Image, classifiers: Sequence[Classifier]) -> Figure:
     """A row a model: its input, then a 3x4 grid of feature maps for each of four stages, as in the paper's repository.
 
-    Shown are the twelve channels of a stage whose values vary most over the picture, each from its own 2nd to its
+    Shown are the twelve channels of a stage whose values vary most over the image, each from its own 2nd to its
     98th percentile, dark to bright. A model of more than four levels shows the last four strides, one of a single
     stride four levels evenly apart.
     """
-    figure = new_figure(2.6 * (LEVELS + 0.8), 2.3 * len(classifiers))
-    rows = figure.subfigures(len(classifiers), 1, squeeze=False)[:, 0]
-    for row, classifier in zip(rows, classifiers, strict=True):
-        axes = _row(row, classifier.title, [0.72] + [1] * LEVELS)
+    figure, rows = _rows(classifiers, 2.6 * (LEVELS + 0.8), 2.3, [0.72] + [1] * LEVELS)
+    for axes, classifier in zip(rows, classifiers, strict=True):
         _show_input(axes[0], image, classifier)
         for axis, maps in zip(axes[1:], feature_maps(image, classifier), strict=False):
             channels, height, width = maps.shape
@@ -66,26 +66,20 @@ def feature_maps(image: Image.Image, classifier: Classifier) -> list[np.ndarray]
 
 
 def _mosaic(maps: np.ndarray) -> np.ndarray:
-    """(c, h, w) -> one picture of 3x4 maps, RGBA in 0 to 1, those that vary most first."""
+    """(c, h, w) -> one image of 3x4 maps, RGBA in 0 to 1, those that vary most first."""
     strongest = maps.std((1, 2)).argsort(kind="stable")[::-1][: MAP_ROWS * MAP_COLUMNS]
-    colors = matplotlib.colormaps["viridis"]
     low, high = np.percentile(maps[strongest], (2, 98), axis=(1, 2), keepdims=True)
     scaled = np.clip((maps[strongest] - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return _tiles([colors(one) for one in scaled], MAP_ROWS, MAP_COLUMNS)
+    return _tiles(matplotlib.colormaps["viridis"](scaled), MAP_COLUMNS)
 
 
-def _tiles(pictures: Sequence[np.ndarray], rows: int, columns: int) -> np.ndarray:
-    """Equal pictures (h, w, channels) side by side on white, with gaps of a thirtieth of their size."""
-    height, width, channels = pictures[0].shape
-    repeat = max(1, 120 // max(height, width))  # for gaps narrower than the pixels of a small map
-    pictures = [picture.repeat(repeat, 0).repeat(repeat, 1) for picture in pictures]
-    height, width = height * repeat, width * repeat
-    gap = max(1, max(height, width) // 30)
-    sheet = np.ones((rows * (height + gap) - gap, columns * (width + gap) - gap, channels))
-    for i, picture in enumerate(pictures):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = picture
-    return sheet
+def _tiles(tiles: np.ndarray, columns: int) -> np.ndarray:
+    """Images (n, h, w, channels) side by side on white, with gaps of a thirtieth of their size."""
+    repeat = max(1, 120 // max(tiles.shape[1:3]))  # for gaps narrower than the pixels of a small map
+    tiles = tiles.repeat(repeat, 1).repeat(repeat, 2)
+    gap = max(1, max(tiles.shape[1:3]) // 30)
+    grid = make_grid(torch.from_numpy(tiles).permute(0, 3, 1, 2), columns, gap, pad_value=1)
+    return grid.permute(1, 2, 0).numpy()
 
 
 def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Sequence[str] = ()) -> Figure:
@@ -96,21 +90,19 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
         classifiers: See `open_classifier`.
         wanted: Names or numbers of the classes to look for; by default the one that each model finds.
     """
-    columns = 1 + max(1, len(wanted))
-    figure = new_figure(2.7 * columns, 3.1 * len(classifiers))
-    rows = figure.subfigures(len(classifiers), 1, squeeze=False)[:, 0]
-    for row, classifier in zip(rows, classifiers, strict=True):
+    columns, side = 1 + max(1, len(wanted)), 2.7
+    figure, rows = _rows(classifiers, side * columns, 3.1, [1] * columns)
+    for axes, classifier in zip(rows, classifiers, strict=True):
         probabilities = classify([image], classifier)[0]
         indices = [find_class(classifier, name) for name in wanted] or [int(probabilities.argmax())]
-        axes = _row(row, classifier.title, [1] * columns)
         pixels = _show_input(axes[0], image, classifier)
         for axis, index in zip(axes[1:], indices, strict=True):
             heat_map = activation_map(image, classifier, index)
             heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
             axis.imshow(0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255)
-            found = "" if heat_map.any() else ": nothing speaks for it"
-            name = f"{classifier.class_names[index][:40]} ({100 * probabilities[index]:.0f} %){found}"
-            axis.set_title(plain(name), fontsize=8)
+            found = "" if heat_map.any() else ": nowhere found"
+            name = f"{classifier.class_names[index]} ({100 * probabilities[index]:.0f} %){found}"
+            axis.set_title(_wrap(name, side, 8), fontsize=8)
     return figure
 
 
@@ -128,11 +120,15 @@ def find_class(classifier: Classifier, wanted: str) -> int:
         return names[wanted.lower()]
     if wanted.isdecimal() and int(wanted) < len(classifier.class_names):
         return int(wanted)
-    raise RunError(f"{classifier.title} knows no class {wanted}{suggest(wanted, names)}")
+    raise RunError(f"{classifier.title} has no class {wanted}{suggest(wanted, names)}")
 
 
 def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
-    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
+    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w).
+
+    Raises:
+        RunError: the model has no such map, or one of a single place.
+    """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -143,10 +139,17 @@ def activation_map(image: Image.Image, classifier: Classifier, class_index: int)
     level = info[-2 if has_class_token else -1]  # behind the last block the other tokens no longer matter
 
     def to_nchw(x: torch.Tensor) -> torch.Tensor:
-        if x.ndim == 3:  # tokens, (b, n, c), perhaps with others before those of the picture
+        if x.ndim == 3:  # tokens, (b, n, c), perhaps with others before those of the image
             side = math.isqrt(x.shape[1])
-            return x[:, x.shape[1] - side * side :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        return x if x.shape[1] == level["num_chs"] else x.permute(0, 3, 1, 2)
+            x = x[:, x.shape[1] - side * side :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+        maps = x if x.shape[1] == level["num_chs"] else x.permute(0, 3, 1, 2)
+        if maps.shape[2:] == (1, 1):
+            size = "x".join(map(str, batch.shape[2:]))
+            raise RunError(
+                f"the last map of {classifier.title} is 1x1 at {size} px, so no place can be told; "
+                "--img-size PX takes a larger image"
+            )
+        return maps
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message=".*full backward hook.*")
@@ -161,7 +164,8 @@ def activation_map(image: Image.Image, classifier: Classifier, class_index: int)
 
 def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
     """The filters of each model's first convolution, as colours, each stretched to its own range."""
-    figure = new_figure(3.2 * len(classifiers), 3.8)
+    side = 3.2
+    figure = new_figure(side * len(classifiers), 3.8)
     axes = np.atleast_1d(figure.subplots(1, len(classifiers)))
     for axis, classifier in zip(axes, classifiers, strict=True):
         filters = first_filters(classifier)
@@ -169,11 +173,10 @@ def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
         tiles = (filters - low) / np.maximum(high - low, 1e-12)
         if tiles.shape[-1] == 1:
             tiles = tiles.repeat(3, -1)
-        columns = math.ceil(math.sqrt(len(tiles)))
         axis.axis("off")
-        axis.imshow(_tiles(tiles, -(-len(tiles) // columns), columns), interpolation="nearest")
-        shape = f"{filters.shape[1]}x{filters.shape[2]}"
-        axis.set_title(plain(f"{classifier.title}\n{len(filters)} filters of {shape}"), fontsize=9)
+        axis.imshow(_tiles(tiles, math.ceil(math.sqrt(len(tiles)))), interpolation="nearest")
+        what = f"{len(filters)} filters of {filters.shape[1]}x{filters.shape[2]}"
+        axis.set_title(f"{_wrap(classifier.title, side, 9)}\n{what}", fontsize=9)
     return figure
 
 
@@ -187,20 +190,31 @@ def first_filters(classifier: Classifier) -> np.ndarray:
     if not name or not isinstance(layer, nn.Conv2d):
         layer = next((m for m in classifier.model.modules() if isinstance(m, nn.Conv2d)), None)
     if layer is None or layer.weight.shape[1] not in (1, 3):
-        raise RunError(f"{classifier.name} does not begin with a convolution of a picture")
+        raise RunError(f"{classifier.name} does not begin with a convolution of an image")
     return layer.weight.detach().float().cpu().numpy()[:MAX_FILTERS].transpose(0, 2, 3, 1)
 
 
-def _row(figure: SubFigure, title: str, widths: Sequence[float]) -> np.ndarray:
-    figure.suptitle(plain(title), fontsize=10)
-    axes = figure.subplots(1, len(widths), width_ratios=widths)
-    for axis in axes:
-        axis.axis("off")
-    return axes
+def _rows(
+    classifiers: Sequence[Classifier], width: float, height: float, columns: Sequence[float]
+) -> tuple[Figure, list[np.ndarray]]:
+    """A figure with a titled row of axes for each model: its width and the height of a row in inches."""
+    figure = new_figure(width, height * len(classifiers))
+    rows = []
+    for row, classifier in zip(figure.subfigures(len(classifiers), 1, squeeze=False)[:, 0], classifiers, strict=True):
+        row.suptitle(_wrap(classifier.title, width, 10), fontsize=10)
+        rows.append(row.subplots(1, len(columns), width_ratios=columns))
+        for axis in rows[-1]:
+            axis.axis("off")
+    return figure, rows
+
+
+def _wrap(text: str, inches: float, size: int) -> str:
+    """A title on as many lines as it needs; letters are about 0.65 of their size wide."""
+    return plain("\n".join(textwrap.wrap(text, int(inches * 72 / (0.65 * size)))))
 
 
 def _show_input(axis: matplotlib.axes.Axes, image: Image.Image, classifier: Classifier) -> np.ndarray:
-    """Show what the model sees of a picture, and return it: uint8 (h, w, channels)."""
+    """Show what the model sees of an image, and return it: uint8 (h, w, channels)."""
     config = classifier.data_config
     pixels = to_image(classifier.preprocess([image])[0], config["mean"], config["std"])
     axis.imshow(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels)

@@ -1,6 +1,6 @@
-"""What was found on pictures as a table, JSON and CSV.
+"""Tables of what was found on images: for the screen, as JSON and as CSV; and names for drawn copies.
 
-A row is a dict in plain values: "picture", its path, and then a list of what was found on it, the best first; each a
+A row is a dict in plain values: "image", its path, and then a list of what was found on it, the best first; each a
 dict with index, name, one of probability, score and share (0 to 1), and where they apply box (x1, y1, x2, y2 in
 pixels) and mask (COCO's run-length code).
 """
@@ -18,56 +18,60 @@ from rich.markup import escape
 from rich.table import Table
 
 Row = dict[str, Any]
-SHARES = ("probability", "score", "share")
+MEASURES = ("probability", "score", "share")
 
 
 def make_table(rows: Sequence[Row]) -> Table:
     """A line for each thing found."""
-    lines = [(row["picture"], found) for row in rows for found in _found(row) or [{}]]
-    usual = "score" if any("detections" in row for row in rows) else "probability"
-    measure = next((key for _, found in lines for key in found if key in SHARES), usual)
+    lines = [(row["image"], found) for row in rows for found in _found(row) or [{}]]
+    measure = next((key for _, found in lines for key in found if key in MEASURES), _usual_measure(rows))
     table = Table(box=box.SIMPLE)
-    table.add_column("picture", overflow="fold")
+    table.add_column("image", overflow="fold")
     table.add_column("class", overflow="fold")
     table.add_column(measure, justify="right", no_wrap=True)
     if any("box" in found for _, found in lines):
         table.add_column("box", no_wrap=True)
     shown = None
-    for picture, found in lines:
+    for image, found in lines:
         share = f"{100 * found[measure]:.1f} %" if found else ""
         sides = ", ".join(f"{side:.0f}" for side in found.get("box", ()))
-        cells = ["" if picture == shown else _plain(picture), _plain(found.get("name", "nothing found")), share, sides]
+        cells = ["" if image == shown else _plain(image), _plain(found.get("name", "nothing found")), share, sides]
         table.add_row(*cells[: len(table.columns)])
-        shown = picture
+        shown = image
     return table
 
 
 def _plain(text: str) -> str:
-    """A name out of a file as rich shows it: neither its markup nor an order to the terminal."""
+    """A name out of a file as rich shows it: neither its markup nor a command to the terminal."""
     return escape("".join(repr(c)[1:-1] if unicodedata.category(c) == "Cc" else c for c in text))
 
 
 def write_json(file: TextIO, rows: Sequence[Row], unreadable: Sequence[Exception]) -> None:
-    """An object of two lists: "predictions", the rows, and "unreadable", messages that name the pictures."""
+    """An object of two lists: "predictions", the rows, and "unreadable", messages that name the images."""
     content = {"predictions": list(rows), "unreadable": [str(error) for error in unreadable]}
     json.dump(content, file, indent=1, ensure_ascii=False, allow_nan=False)
     file.write("\n")
 
 
 def write_csv(file: TextIO, rows: Sequence[Row]) -> None:
-    """A line for each thing found: picture, rank from 1, index, name, ...; a box as x1, y1, x2, y2; no masks."""
+    """A line for each thing found: image, rank from 1, index, name, ...; a box as x1, y1, x2, y2; no masks."""
     lines = []
     for row in rows:
         for rank, found in enumerate(_found(row), 1):
             plain = {key: value for key, value in found.items() if key not in ("box", "mask")}
             plain |= dict(zip(("x1", "y1", "x2", "y2"), found.get("box", ()), strict=False))
-            lines.append({"picture": row["picture"], "rank": rank, **plain})
-    sides = ["x1", "y1", "x2", "y2"] if any("detections" in row for row in rows) else []
-    measure = "score" if sides else "probability"
-    columns = list(lines[0]) if lines else ["picture", "rank", "index", "name", measure, *sides]
+            lines.append({"image": row["image"], "rank": rank, **plain})
+    measure = _usual_measure(rows)
+    sides = ["x1", "y1", "x2", "y2"] if measure == "score" else []
+    columns = list(lines[0]) if lines else ["image", "rank", "index", "name", measure, *sides]
     writer = csv.DictWriter(file, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
+
+
+def _usual_measure(rows: Sequence[Row]) -> str:
+    """What would be measured, where nothing was found."""
+    return "score" if any("detections" in row for row in rows) else "probability"
 
 
 def _found(row: Row) -> list[dict[str, Any]]:
@@ -75,7 +79,7 @@ def _found(row: Row) -> list[dict[str, Any]]:
 
 
 def drawn_names(paths: Sequence[Path]) -> list[str]:
-    """PNG names for drawn pictures, one each: where two have one name, the folder's, the suffix or a number helps."""
+    """PNG names for drawn copies, all different: a name that is taken gets the folder's, the suffix or a number."""
     taken: set[str] = set()
     names = []
     for path in paths:
