@@ -1,4 +1,4 @@
-"""Whatever comes in, what comes out is right or one documented error: options, models, checkpoints, pictures, calls."""
+"""Whatever comes in, what comes out is right or one documented error: options, models, checkpoints, images, calls."""
 
 import io
 import tempfile
@@ -27,6 +27,8 @@ from convmlp.common.images import UnreadableImage, read_image
 from convmlp.use.classifier import open_classifier
 from convmlp.use.predict import classify
 from convmlp.weights import load_pretrained
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -696,10 +698,6 @@ sensible_calls = st.builds(
 )
 
 
-def measure_nothing(*_: Any) -> Any:
-    raise RunError("to measure would take minutes")
-
-
 def run(arguments: list[str]) -> tuple[Any, str]:
     """Exit code and all that was printed."""
     screen = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="backslashreplace")
@@ -723,11 +721,9 @@ def run(arguments: list[str]) -> tuple[Any, str]:
 @example(["info", "convmlp_s.", "--img-size=32"])
 @example(["info", "nowhere", "--img-size=32"])
 @example(["info", "fuzz_tiny", "--img-size=99999999"])
-@example(["benchmark"])
-@example(["benchmark", "--loading", "--workers=2"])
 def test_a_call_ends_with_a_code_of_its_manual(tmp_path_factory, arguments):
     assume(not arguments or arguments[0] != "doctor")
-    assume("/" not in arguments)  # all pictures of the machine
+    assume("/" not in arguments)  # all images of the machine
     assume("info" not in arguments or set(arguments) & set(WEIRD))  # it would measure all of our models
     place = tmp_path_factory.mktemp("calls")
     (place / "junk.jpg").write_bytes(b"junk")
@@ -737,9 +733,7 @@ def test_a_call_ends_with_a_code_of_its_manual(tmp_path_factory, arguments):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setenv("TORCH_HOME", str(place))
-        patch.setattr("convmlp.use.classifier.MIRRORS", ("nowhere:",))
-        for name in ("comparison.compare", "loading.compare_loading"):
-            patch.setattr(f"convmlp.benchmark.{name}", measure_nothing)
+        patch.setattr("convmlp.zoo.MIRRORS", ("nowhere:",))
         code, printed = attempt("calls", lambda: run(arguments))
     assert code in (0, 1, 2), printed
     assert "Traceback" not in printed and "bug:" not in printed

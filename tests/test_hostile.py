@@ -1,4 +1,4 @@
-"""Files of strangers: their code never runs, their pictures end as docs/hostile.md says, their names stay names."""
+"""Untrusted files: their code never runs, their images end as docs/hostile.md says, their names stay names."""
 
 import io
 import json
@@ -16,26 +16,24 @@ import numpy as np
 import pytest
 import torch
 from digit_scenes import write_detection, write_segmentation
+from image_files import png_of_claimed_size
 from mmengine.logging import MMLogger
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
 from sklearn.datasets import load_digits
-from test_pictures import png_of_claimed_size
 
 import convmlp
 from convmlp import classification, cli
 from convmlp.common.errors import CheckpointError
-from convmlp.common.images import UnreadableImage, open_image, read_image
-from convmlp.openmmlab import coco, labelmaps
-from convmlp.openmmlab.engine import main as openmmlab
-from convmlp.openmmlab.hooks import enlargement
+from convmlp.common.images import UnreadableImage, enlargement, open_image, read_image
 from convmlp.use.results import make_table
 from convmlp.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTION = ROOT / "configs/detection/quickstart_retinanet.py"
 SEGMENTATION = ROOT / "configs/segmentation/quickstart_fpn.py"
-SMALL = ["--img-size", "32", "--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--batch-size", "8"]
+SMALL = "--img-size 32 --epochs 1 --warmup-epochs 0 --workers 0 --batch-size 8 "
+SMALL = (SMALL + "--model-kwargs channels=8 n_conv_blocks=1 blocks=[1,1,1] dims=[8,16,32]").split()
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning"),
@@ -253,7 +251,7 @@ ODD = {
 
 @pytest.mark.parametrize("kind", ODD)
 @pytest.mark.parametrize("way", ["--eval", "--initial-checkpoint", "predict", "predict --config", "pretrained=FILE"])
-def test_archives_that_are_no_checkpoints_are_named(way, kind, tmp_path, pictures, capsys, recwarn):
+def test_archives_that_are_not_checkpoints_are_named(way, kind, tmp_path, pictures, capsys, recwarn):
     write, reason = ODD[kind]
     write(tmp_path / "odd.pth")
     before = len(recwarn)
@@ -291,21 +289,22 @@ def detect(scenes):
 
     def run(*arguments: object, config: Path = DETECTION, data: Path | None = None) -> int:
         MMLogger._instance_dict.clear()
-        detection = config == DETECTION
-        script, prepare = ("detection.py", coco.prepare) if detection else ("segmentation.py", labelmaps.prepare)
+        script = "detection.py" if config == DETECTION else "segmentation.py"
         folder = data or scenes / script.removesuffix(".py")
         loaders = [f"{part}_dataloader.{key}" for part in ("train", "val", "test") for key in ("num_workers=0",)]
         loaders += [f"{part}_dataloader.persistent_workers=False" for part in ("train", "val", "test")]
         words = [config, folder, "--skip-data-check", "--work-dir", "run", *arguments, "--cfg-options", *loaders]
         words.insert(len(words), "model.backbone.init_cfg=None") if "INIT" not in arguments else None
-        return openmmlab(script, prepare, [str(word) for word in words if word != "INIT"])
+        return cli.run_openmmlab(script, [str(word) for word in words if word != "INIT"])
 
     return run
 
 
 @pytest.mark.parametrize("config", [DETECTION, SEGMENTATION], ids=["detection", "segmentation"])
 @pytest.mark.parametrize("option", ["--test", "--resume"])
-@pytest.mark.parametrize("kind", ["zip", "legacy", "mmengine"])
+@pytest.mark.parametrize(
+    "kind", ["zip", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("legacy", "mmengine"))]
+)
 def test_no_code_runs_in_checkpoints_of_detection_and_segmentation(
     kind, option, config, detect, evil_file, marker, capsys
 ):

@@ -8,8 +8,8 @@ from .errors import RunError
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation")}
 
 
-def read_class_names(path: str | Path) -> list[str]:
-    """Class names from a text file, one a line.
+def read_class_names(path: str | Path, unique: bool = True) -> list[str]:
+    """Class names from a text file, one a line. ImageNet's are not `unique`: two of its classes are called crane.
 
     Raises:
         RunError: it cannot be read, is empty, or has an empty line or a name twice.
@@ -23,6 +23,6 @@ def read_class_names(path: str | Path) -> list[str]:
     if not names or not all(names):
         raise RunError(f"{path} must hold one class name a line, without empty lines")
     repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
+    if unique and repeated:
         raise RunError(f"{path} names {repeated[0]!r} more than once")
     return names

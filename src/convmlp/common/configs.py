@@ -5,7 +5,10 @@ import shutil
 from pathlib import Path
 
 from .command import Verb
-from .errors import RunError, suggest
+from .errors import RunError, plural, suggest
+from .files import check_writable, write_atomically
+
+BASES = "_base_"  # the folder of configs that others build on
 
 
 def config_folder() -> Path:
@@ -14,11 +17,14 @@ def config_folder() -> Path:
     return installed if installed.is_dir() else Path(__file__).resolve().parents[3] / "configs"
 
 
-def list_configs(task: str = "") -> list[Path]:
-    """The configs to run, relative to their folder; of one `task`, or all. Those that others are based on stay out."""
+def list_configs(task: str = "", bases: bool = False) -> list[Path]:
+    """The configs to run, relative to their folder; of one `task`, or all.
+
+    With `bases` also those that only others build on.
+    """
     folder = config_folder()
     files = sorted(file.relative_to(folder) for kind in ("py", "yml") for file in (folder / task).rglob(f"*.{kind}"))
-    return [file for file in files if "_base_" not in file.parts]
+    return [file for file in files if bases or BASES not in file.parts]
 
 
 def find_config(name: str, task: str = "") -> Path:
@@ -38,7 +44,7 @@ def find_config(name: str, task: str = "") -> Path:
             return path
     except (OSError, ValueError):  # a name too long, or with a zero in it
         pass
-    ours = list_configs(task)
+    ours = list_configs(task, bases=BASES in path.parts)
     parts = path.parts[1:] if path.parts[:1] == ("configs",) else path.parts
     for file in ours:
         if parts and parts in (file.parts[-len(parts) :], file.with_suffix("").parts[-len(parts) :]):
@@ -57,13 +63,13 @@ def title(config: Path) -> str:
 
 
 def copy_configs(destination: Path) -> int:
-    """Copy all configs, with those they are based on, into a new folder; returns how many files that are.
+    """Copy all configs, with those they build on, into a new folder; returns how many files that are.
 
     Raises:
-        RunError: the folder is there already, or cannot be written.
+        RunError: the folder exists, or cannot be written.
     """
     if destination.exists():
-        raise RunError(f"{destination} is there already: name a new folder")
+        raise RunError(f"{destination} exists: name a new folder")
     try:
         shutil.copytree(config_folder(), destination, ignore=shutil.ignore_patterns("__pycache__"))
     except OSError as error:
@@ -71,18 +77,40 @@ def copy_configs(destination: Path) -> int:
     return sum(file.is_file() for file in destination.rglob("*"))
 
 
+def copy_config(name: str, destination: Path) -> None:
+    """Copy one YAML config into a new file; what it builds on is found in the package.
+
+    Raises:
+        RunError: there is no such config, the file exists or cannot be written, or it is one of mmengine's, which
+            look for what they build on beside themselves.
+    """
+    config = find_config(name)
+    if config.suffix == ".py":
+        raise RunError(f"{name} builds on configs beside it: `convmlp configs --copy DIR` copies them all")
+    if destination.exists():
+        raise RunError(f"{destination} exists: name a new file")
+    check_writable(destination)
+    write_atomically(destination, lambda temporary: shutil.copyfile(config, temporary))
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--copy", metavar="DIR", help="into this new folder")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="with --copy: only this config")
+    parser.add_argument("--copy", metavar="PATH", help="into this new folder, or with NAME into this new file")
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.copy is not None:
-        print(f"{copy_configs(Path(options.copy))} files copied to {options.copy}")
-        return
-    configs = list_configs()
-    width = max(len(str(config)) for config in configs)
-    for config in configs:
-        print(f"{config!s:{width}}  {title(config)}")
+    if options.name and options.copy is None:
+        raise RunError(f"where should {options.name} be copied to? convmlp configs {options.name} --copy FILE")
+    if options.name:
+        copy_config(options.name, Path(options.copy))
+        print(f"copied to {options.copy}")
+    elif options.copy is not None:
+        print(f"{plural(copy_configs(Path(options.copy)), 'file')} copied to {options.copy}")
+    else:
+        configs = list_configs()
+        width = max(len(str(config)) for config in configs)
+        for config in configs:
+            print(f"{config!s:{width}}  {title(config)}")
 
 
 VERB = Verb("configs", "List the configs that come with the package, or copy them to change them.", _add_options, _run)

@@ -41,5 +41,5 @@ def some(names: Iterable[object], limit: int = 3) -> str:
 
 def plural(count: int, noun: str) -> str:
     """'1 epoch', '2 epochs', '0 classes'."""
-    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    ending = "" if count == 1 else "es" if noun.endswith(("s", "x", "sh", "tch")) else "s"
     return f"{count} {noun}{ending}"

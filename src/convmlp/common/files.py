@@ -1,5 +1,6 @@
 """Files that are written whole or not at all, and folders that belong to one run."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         _flush(temporary)
         os.replace(temporary, path)
-        if os.name == "posix":  # Windows opens no folders
+        with contextlib.suppress(PermissionError):  # Windows opens no folders
             _flush(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
