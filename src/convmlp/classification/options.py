@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 
 from ..common.command import Parser
-from ..common.configs import config_folder, find_config
+from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
 from .settings import GROUPS, Options, flag_of, keywords, numbers, require
 
@@ -120,12 +120,12 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    places = (folder / str(base) for folder in (path.parent, config_folder() / "classification"))
-    found = next((place for place in places if os.path.isfile(place)), None)
+    beside = path.parent / str(base)
     try:
-        return load_config(found or find_config(str(base), "classification"), (*_seen, path.resolve())) | values
+        found = beside if os.path.isfile(beside) else find_config(str(base), "classification")
     except RunError as error:
-        raise error if found else RunError(f"{path}: its base: {error}") from None
+        raise RunError(f"{path}: base: {error}") from error
+    return load_config(found, (*_seen, place)) | values
 
 
 def _apply(parser: Parser, values: dict[str, Any], options: argparse.Namespace, name: str) -> None:
