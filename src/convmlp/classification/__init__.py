@@ -1,5 +1,28 @@
 """Training and evaluation of image classifiers, the package behind classification.py."""
 
-from .engine import main
+import logging
+import sys
+from collections.abc import Sequence
 
-__all__ = ["main"]
+from ..common.command import run
+from .options import parse_options
+
+SCRIPT = "classification.py"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """classification.py; the exit codes are those of `common.command.run`."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
+    logging.getLogger("convmlp").setLevel(logging.INFO)
+    way_on = "; --resume auto continues from the last checkpoint"
+    return run(SCRIPT, lambda: _work(list(sys.argv[1:] if argv is None else argv)), way_on=way_on)
+
+
+def _work(argv: list[str]) -> None:
+    options = parse_options(argv)  # which ends here with --help, before PyTorch is imported
+    from .engine import evaluate_checkpoint, train
+
+    if options.eval:
+        evaluate_checkpoint(options, argv)
+    else:
+        train(options)

@@ -3,19 +3,24 @@
 A checkpoint is a flat dict of tensors and plain values, so that reading it never runs code.
 """
 
+import errno
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..common.errors import CheckpointError, RunError
+from ..common.errors import RunError, one_line
 from ..common.files import write_atomically
 from ..weights import read_checkpoint
+from .settings import Options
 
 _logger = logging.getLogger(__name__)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, on the disk, for the user, or in one file
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
 NEEDED_TO_RESUME = {
@@ -34,18 +39,43 @@ NEEDED_TO_RESUME = {
     "updates": int,
     "world_size": int,
 }
+MUST_AGREE_WITHIN_AN_EPOCH = ("batch_size", "grad_accum_steps", "seed", "dataset", "data_dir", "train_split")
+MAY_CHANGE_SILENTLY = ("output", "experiment", "workers")
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Save a checkpoint atomically."""
+    """Save a checkpoint atomically.
+
+    Raises:
+        RunError: it cannot be written, such as for want of space; the message says how much it needs.
+    """
 
     def save(temporary: Path) -> None:
         try:
-            torch.save(state, temporary)
-        except RuntimeError as error:  # how torch.save reports a full disk
-            raise OSError(str(error).splitlines()[0]) from error
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+        except (RuntimeError, OSError) as error:
+            system = _system_error(error)
+            if system is None:
+                raise OSError(one_line(error)) from error
+            needed = f", {_count_bytes(state) / 1e6:.0f} MB needed" if system.errno in FULL else ""
+            raise OSError(system.errno, f"{system.strerror}{needed}") from error
 
     write_atomically(path, save)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's reason for an error, after which torch raises one of its own."""
+    while error and not isinstance(error, OSError):
+        error = error.__context__
+    return error
+
+
+def _count_bytes(state: Any) -> int:
+    if isinstance(state, torch.Tensor):
+        return state.nbytes
+    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(_count_bytes, items))
 
 
 def write_last(folder: Path, state: dict[str, Any]) -> None:
@@ -65,7 +95,7 @@ def _duplicate(path: Path, copy: Path) -> None:
 
 
 def adopt_best(source: Path, folder: Path) -> None:
-    """Take over the best checkpoint of a run that `source` is of, or else `source` itself, into another folder."""
+    """Copy the best checkpoint of the run that `source` is of, or else `source` itself, into another folder."""
     best = source.with_name(BEST) if source.with_name(BEST).exists() else source
     write_atomically(folder / BEST, lambda temporary: _duplicate(best, temporary))
 
@@ -80,7 +110,7 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     for path in candidates:
         try:
             return path, read_training_checkpoint(path)
-        except (CheckpointError, RunError) as error:
+        except RunError as error:
             _logger.warning(f"{error}; trying the one before it")
     if candidates:
         raise RunError(f"no checkpoint in {folder} can be read; --overwrite starts anew")
@@ -88,7 +118,12 @@ def find_newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def read_training_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint that a run can continue from."""
+    """A checkpoint that a run can continue from.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        RunError: it holds no training state.
+    """
     checkpoint = read_checkpoint(path)
     if not isinstance(checkpoint, dict) or not NEEDED_TO_RESUME.keys() <= checkpoint.keys():
         raise RunError(
@@ -96,5 +131,30 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
         )
     for key, kind in NEEDED_TO_RESUME.items():
         if not isinstance(checkpoint[key], kind):
-            raise RunError(f"{path} is no checkpoint of classification.py: its {key} is {checkpoint[key]!r:.80}")
+            raise RunError(f"{path} is not a classification.py checkpoint: its {key} is {checkpoint[key]!r:.80}")
     return checkpoint
+
+
+def check_same_run(
+    path: Path, state: dict[str, Any], options: Options, class_names: Sequence[str], world_size: int
+) -> None:
+    """Make sure that a run with these options can continue from a checkpoint; warn of options that have changed.
+
+    Raises:
+        RunError: it is of another model or other classes, or stands within an epoch of other batches.
+    """
+    for key, ours in {"arch": options.model, "class_names": list(class_names)}.items():
+        if state[key] != ours:
+            raise RunError(f"{path} is of another run: its {key} is {state[key]}, here it is {ours}")
+    args, now = state["args"], options.stored()
+    changed = [key for key in now if args.get(key) != now[key] and key not in MAY_CHANGE_SILENTLY]
+    if state["batch"] > 0 and not state["evaluated"]:
+        moved = ", ".join(key for key in MUST_AGREE_WITHIN_AN_EPOCH if key in changed)
+        if moved or state["world_size"] != world_size:
+            what = moved or f"{state['world_size']} processes"
+            raise RunError(f"{path} stands within an epoch and continues only with the same {what}")
+    if changed:
+        words = "; ".join(f"{key} {args.get(key)} -> {now[key]}" for key in changed)
+        _logger.warning(f"resuming with changed options: {words}")
+    if options.model_ema != ("state_dict_ema" in state):
+        raise RunError(f"{path}: --model-ema cannot be switched on or off when resuming")

@@ -1,9 +1,8 @@
-"""Evaluation of a classifier: figures over all processes, confusion counts, pictures with predictions."""
+"""Evaluation of a classifier: figures over all processes, confusion counts, images worth showing."""
 
 import logging
-from argparse import Namespace
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,41 +12,64 @@ from torch import nn
 from tqdm import tqdm
 
 from ..common.devices import autocast, resolve_amp_dtype
-from ..common.errors import RunError
+from ..common.errors import RunError, plural
 from ..common.images import to_image
 from ..common.signals import StopRequest
 from . import report
-from .loaders import Loader, StreamLoader
+from .loaders import DataConfig, Loader
 from .process import Process
+from .settings import Machine
 
 _logger = logging.getLogger(__name__)
 
-N_PICTURES = 40
+N_SHOWN = 20  # mistakes, and as many right answers
 
 
-class Details:
-    """Beyond the figures: the confusion counts, and some pictures with their predictions, mistakes among them."""
+class Predictions:
+    """All predictions counted in a confusion matrix (true class, predicted class), and some kept to be shown.
 
-    def __init__(self, num_classes: int, n_images: int, data_config: dict[str, Any]):
+    Of the mistakes the surest ones are kept, of as many classes as possible; of the right answers, some spread evenly
+    over the images.
+    """
+
+    def __init__(self, num_classes: int, n_images: int):
         self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-        self.pictures: list[report.Picture] = []
-        self._data_config = data_config
+        self.mistakes: list[report.Prediction] = []
+        self.right: list[report.Prediction] = []
         self._n_images = n_images
         self._seen = 0
-        self._mistakes = 0
+        self._part = -1
 
     def update(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        probabilities, predictions = (x.cpu() for x in logits.float().softmax(1).max(1))
-        targets = targets.cpu()
-        np.add.at(self.confusion, (targets.numpy(), predictions.numpy()), 1)
-        for image, target, prediction, probability in zip(images, targets, predictions, probabilities, strict=True):
-            mistake = bool(target != prediction) and self._mistakes < N_PICTURES // 2
-            self._mistakes += mistake
-            spread = self._seen * (N_PICTURES // 2) // self._n_images  # this many even parts of the images are seen
-            if mistake or spread < (self._seen + 1) * (N_PICTURES // 2) // self._n_images:
-                pixels = to_image(image, self._data_config["mean"], self._data_config["std"])
-                self.pictures.append(report.Picture(pixels, int(target), int(prediction), float(probability)))
+        """Count a batch."""
+        probabilities, predicted = (values.tolist() for values in logits.float().softmax(1).max(1))
+        np.add.at(self.confusion, (targets.cpu().numpy(), predicted), 1)
+        for image, *answer in zip(images, targets.tolist(), predicted, probabilities, strict=True):
+            part = self._seen * N_SHOWN // self._n_images  # of as many equal parts of the images as are shown
             self._seen += 1
+            if answer[0] != answer[1]:
+                self._keep_mistake(report.Prediction(image.clone(), *answer))
+            elif part > self._part:
+                self._part = part
+                self.right.append(report.Prediction(image.clone(), *answer))
+
+    def _keep_mistake(self, mistake: report.Prediction) -> None:
+        """Keep it, and if those are too many drop the least sure one of the class that has most."""
+        self.mistakes.append(mistake)
+        self.mistakes.sort(key=lambda each: -each.probability)
+        if len(self.mistakes) > N_SHOWN:
+            counts = Counter(each.target for each in self.mistakes)
+            crowded = max(range(len(self.mistakes)), key=lambda i: (counts[self.mistakes[i].target], i))
+            del self.mistakes[crowded]
+
+    def write(self, folder: Path, class_names: list[str], data_config: DataConfig) -> None:
+        """Confusion matrix, per-class accuracies and images with their predictions."""
+        report.write_confusion(folder / "confusion_matrix.png", self.confusion, class_names)
+        report.write_per_class(folder / "per_class.csv", self.confusion, class_names)
+        mean, std = data_config["mean"], data_config["std"]
+        kept = [*self.mistakes, *self.right]
+        images = [each._replace(image=to_image(each.image, mean, std)) for each in kept]
+        report.write_predictions(folder / "predictions.png", images, self.confusion, class_names)
 
 
 class FullBatches(nn.Module):
@@ -66,11 +88,11 @@ class FullBatches(nn.Module):
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    loader: Loader | StreamLoader,
-    options: Namespace,
+    loader: Loader,
+    machine: Machine,
     process: Process,
-    details: Details | None = None,
-    desc: str = "",
+    predictions: Predictions | None = None,
+    desc: str = "evaluating",
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
     """loss, top1 and top5 (in per cent) over the images of all processes, each counted once.
@@ -79,38 +101,31 @@ def evaluate(
     """
     model.eval()
     evaluator = ClassificationEvaluator(device=process.device)
-    amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
+    amp_dtype = resolve_amp_dtype(machine.amp_dtype, process.device) if machine.amp else None
     hidden = None if process.primary else True
     for images, targets in tqdm(loader, desc=desc, disable=hidden, leave=False, unit="batch"):
-        if options.channels_last:
+        if machine.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(process.device, amp_dtype):
             logits = model(images)
         evaluator.update(logits, targets)
-        if details:
-            details.update(images, logits, targets)
+        if predictions:
+            predictions.update(images, logits, targets)
         if stop and stop.number:
             break
     if stop and stop.agreed():
         return {}
-    if details:
-        details.confusion = sum(process.gather(details.confusion))
+    if predictions:
+        predictions.confusion = sum(process.gather(predictions.confusion))
     if not sum(process.gather(int(evaluator.counts[0]))):
         first = f": {loader.unreadable[0]}" if loader.unreadable else ""
         raise RunError(f"not one validation image could be read{first}")
     return dict(evaluator.compute(distributed=process.distributed))
 
 
-def write_details(folder: Path, details: Details, class_names: list[str]) -> None:
-    """Confusion matrix, per-class accuracies and pictures of an evaluation."""
-    report.write_confusion(folder / "confusion_matrix.png", details.confusion, class_names)
-    report.write_per_class(folder / "per_class.csv", details.confusion, class_names)
-    report.write_sheet(folder / "predictions.png", details.pictures, class_names)
-
-
-def log_unreadable(loader: Loader | StreamLoader, process: Process) -> None:
+def log_unreadable(loader: Loader, process: Process) -> None:
     """Count the images that could not be read, over all processes, and name some."""
     names = sorted({name for names in process.gather(loader.unreadable) for name in names})
     if names:
         shown = "\n  ".join(names[:10])
-        _logger.warning(f"{len(names)} images could not be read and were skipped:\n  {shown}")
+        _logger.warning(f"{plural(len(names), 'image')} could not be read:\n  {shown}")

@@ -1,36 +1,35 @@
-"""The model of a classification run, its starting weights, its loss and its optimizer."""
+"""The model of a classification run, its starting weights, its loss, its optimizer and its schedule."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import resolve_data_config as resolve_by_timm
 from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
-from ..common.errors import CheckpointError, RunError
+from ..common.errors import CheckpointError, RunError, one_line
 from ..timm_models import TimmModel, check_name, create_timm_model, has_fixed_size, load_weights, per_channel
 from ..weights import read_checkpoint
-from .loaders import create_mixup
+from .loaders import DataConfig
 from .process import Process
+from .settings import Images, Model, Options
 
-TEACHER: dict[str, Any] = {"initial_checkpoint": None, "drop": 0.0, "drop_path": None, "gp": None}
-TEACHER |= {"grad_checkpointing": False, "model_kwargs": {}}
 Task = ClassificationTask | LogitDistillationTask
 
 FUSED_OPTIMIZERS = ("adam", "adamw", "sgd", "momentum", "nesterov")
 
 
-def create_model(options: Namespace, process: Process, class_names: Sequence[str]) -> TimmModel:
+def build_model(options: Model, images: Images, class_names: Sequence[str], process: Process) -> TimmModel:
     """The model of the options with its starting weights."""
     check_name("--model", options.model)
     settings: dict[str, Any] = {
         "num_classes": len(class_names),
-        "in_chans": options.in_chans,
+        "in_chans": images.in_chans,
         "drop_rate": options.drop,
         "drop_path_rate": options.drop_path,
         "global_pool": options.gp,
@@ -39,7 +38,7 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
     if clash:
         raise RunError(f"--model-kwargs {clash[0]}: that has an option of its own")
     if has_fixed_size(options.model):
-        settings["img_size"] = options.img_size
+        settings["img_size"] = images.img_size
     settings = {key: value for key, value in settings.items() if value is not None} | options.model_kwargs
     pretrained = options.pretrained and not options.initial_checkpoint
     try:
@@ -51,20 +50,22 @@ def create_model(options: Namespace, process: Process, class_names: Sequence[str
         try:
             model.set_grad_checkpointing()
         except Exception as error:  # of models that are not ours
-            raise RunError(f"--model {options.model}: {' '.join(str(error).split())}") from error
+            raise RunError(f"--model {options.model}: {one_line(error)}") from error
     if options.initial_checkpoint:
         path = options.initial_checkpoint
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     return model
 
 
-def resolve_data_settings(options: Namespace, model: TimmModel) -> dict[str, Any]:
-    """Image size and normalisation, of the options or the model's; plain values, which the model is told."""
-    config = resolve_data_config(vars(options), model=model)
+def resolve_data_config(images: Images, model: TimmModel) -> DataConfig:
+    """Image size and normalisation, of the options or else the model's; the model is given its normalisation."""
+    config = resolve_by_timm(vars(images), model=model)
     for key in ("mean", "std"):
-        config[key] = per_channel(config[key], options.in_chans)
+        config[key] = per_channel(config[key], images.in_chans)
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": config["mean"], "std": config["std"]}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    plain: Any = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+    data_config: DataConfig = plain
+    return data_config
 
 
 class _Float32Loss(nn.Module):
@@ -78,31 +79,13 @@ class _Float32Loss(nn.Module):
         return self.loss(logits.float(), targets)
 
 
-def create_task(options: Namespace, model: nn.Module, process: Process, class_names: Sequence[str]) -> Task:
+def build_task(options: Options, model: nn.Module, class_names: Sequence[str], process: Process) -> Task:
     """The model with its loss, and the teacher's if there is one."""
     device = process.device
-    criterion = _Float32Loss(
-        create_classification_loss(smoothing=options.smoothing, soft_targets=create_mixup(options) is not None)
-    )
+    criterion = _Float32Loss(create_classification_loss(smoothing=options.smoothing, soft_targets=options.mixes))
     if not options.kd_model:
         return ClassificationTask(model, criterion, device=device, verbose=False)
-    check_name("--kd-model", options.kd_model)
-    classes = timm.get_pretrained_cfg_value(options.kd_model, "num_classes")
-    if not options.kd_checkpoint and classes != options.num_classes:
-        raise RunError(
-            f"--kd-model {options.kd_model} knows {classes} classes, the data {options.num_classes}: give a "
-            "--kd-checkpoint of a teacher of the same classes"
-        )
-    teacher = create_model(
-        Namespace(**vars(options) | TEACHER | {"model": options.kd_model, "pretrained": not options.kd_checkpoint}),
-        process,
-        class_names,
-    )
-    if options.kd_checkpoint:
-        path = options.kd_checkpoint
-        load_weights(teacher, read_checkpoint(path), path, options.use_ema, class_names, new_head=False)
-    for key in ("mean", "std"):
-        teacher.pretrained_cfg[key] = per_channel(teacher.pretrained_cfg[key], options.in_chans)
+    teacher = _build_teacher(options.kd_model, options, class_names, process)
     return LogitDistillationTask(
         model,
         teacher.to(device),
@@ -114,7 +97,24 @@ def create_task(options: Namespace, model: nn.Module, process: Process, class_na
     ).to(device)
 
 
-def create_optimizer(options: Namespace, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+def _build_teacher(name: str, options: Options, class_names: Sequence[str], process: Process) -> TimmModel:
+    check_name("--kd-model", name)
+    path = options.kd_checkpoint
+    classes = timm.get_pretrained_cfg_value(name, "num_classes")
+    if not path and classes != len(class_names):
+        raise RunError(
+            f"--kd-model {name} knows {classes} classes, the data {len(class_names)}: give a --kd-checkpoint of a "
+            "teacher of the same classes"
+        )
+    teacher = build_model(Model(model=name, pretrained=not path), options, class_names, process)
+    if path:
+        load_weights(teacher, read_checkpoint(path), path, options.use_ema, class_names, new_head=False)
+    for key in ("mean", "std"):
+        teacher.pretrained_cfg[key] = per_channel(teacher.pretrained_cfg[key], options.in_chans)
+    return teacher
+
+
+def build_optimizer(options: Options, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer of the options, fused where PyTorch has it."""
     has_fused = options.opt.lower() in FUSED_OPTIMIZERS and device.type in ("cuda", "cpu")
     fused: dict[str, Any] = {"fused": True} if has_fused else {}
@@ -122,3 +122,15 @@ def create_optimizer(options: Namespace, model: nn.Module, device: torch.device)
         return create_optimizer_v2(model, **optimizer_kwargs(options), **fused)
     except (ValueError, AssertionError, TypeError) as error:
         raise RunError(f"--opt {options.opt}: {error}") from error
+
+
+def build_schedule(options: Options, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+    """timm's learning rate scheduler, None for --sched none, and the epochs with those of the cool-down.
+
+    Its rate changes with each update; that of plateau, which follows the metrics, with each epoch.
+    """
+    settings = scheduler_kwargs(options) | {"step_on_epochs": options.sched == "plateau"}
+    try:
+        return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
+    except ValueError as error:
+        raise RunError(f"--sched {options.sched}: {error}") from error

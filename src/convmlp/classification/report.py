@@ -1,9 +1,9 @@
-"""What a run shows: learning curves, a confusion matrix, per-class accuracies, pictures with predictions."""
+"""Report of a run: learning curves, a confusion matrix, per-class accuracies, images with predictions."""
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,25 +14,18 @@ LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
 SHEET_COLUMNS = 8
 
 
-class Picture(NamedTuple):
-    """An evaluated image, uint8 (h, w, c), with its class and the predicted one."""
+class Prediction(NamedTuple):
+    """An evaluated image with its class and the predicted one; to be drawn it is uint8 (h, w, c)."""
 
-    image: np.ndarray
+    image: Any
     target: int
-    prediction: int
+    predicted: int
     probability: float
 
 
 def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
     """summary.csv: a row an epoch."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(history[0]))
-            writer.writeheader()
-            writer.writerows(history)
-
-    write_atomically(path, write)
+    _write_csv(path, list(history[0]), [list(row.values()) for row in history])
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -56,13 +49,8 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         if len(columns) > 1:
             axis.legend(frameon=False)
     best = max(history, key=lambda row: row["eval_top1"])
-    axes[1].annotate(
-        f"{best['eval_top1']:.2f}",
-        (best["epoch"], best["eval_top1"]),
-        textcoords="offset points",
-        xytext=(0, -14),
-        ha="center",
-    )
+    axes[1].plot(best["epoch"], best["eval_top1"], "o", markersize=8, fillstyle="none", color="black")
+    axes[1].set_title(f"accuracy, % (best top-1: {best['eval_top1']:.2f}, epoch {best['epoch']:.0f})", fontsize=11)
     save_figure(figure, path)
 
 
@@ -73,8 +61,8 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str
     figure = new_figure(size * 1.1, size)
     axis = figure.subplots()
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(picture, ax=axis, shrink=0.8, label="share of the true class")
+    colours = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(colours, ax=axis, shrink=0.8, label="share of the true class")
     axis.set(xlabel="predicted", ylabel="true", title=f"{np.trace(confusion)} of {confusion.sum()} right")
     if n <= LABELLED_CLASSES:
         long_names = max(map(len, class_names)) > 3
@@ -87,34 +75,42 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str
     save_figure(figure, path)
 
 
-def write_sheet(path: Path, pictures: Sequence[Picture], class_names: Sequence[str]) -> None:
-    """predictions.png: images with the predicted class, the mistakes first, in red, with the true class."""
-    pictures = sorted(pictures, key=lambda picture: picture.target == picture.prediction)
-    rows = -(-len(pictures) // SHEET_COLUMNS)
-    figure = new_figure(1.5 * SHEET_COLUMNS, 1.75 * rows)
+def write_predictions(
+    path: Path, images: Sequence[Prediction], confusion: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """predictions.png: images with the predicted class; mistakes are red and have the true class, too."""
+    rows = -(-len(images) // SHEET_COLUMNS)
+    figure = new_figure(1.5 * SHEET_COLUMNS, 1.75 * rows + 0.4)
+    n_images, n_right = confusion.sum(), np.trace(confusion)
+    title = f"{n_right} of {n_images} right"
+    if n_right < n_images:
+        title += "; the surest mistakes come first, in red, from as many classes as possible"
+    figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
     for axis in axes:
         axis.axis("off")
-    for axis, picture in zip(axes, pictures, strict=False):
-        right = picture.target == picture.prediction
-        title = f"{_drawn(class_names[picture.prediction])} ({100 * picture.probability:.0f} %)"
+    for axis, each in zip(axes, images, strict=False):
+        right = each.target == each.predicted
+        title = f"{_drawn(class_names[each.predicted])} ({100 * each.probability:.0f} %)"
         if not right:
-            title += f"\nnot {_drawn(class_names[picture.target])}"
-        grey = picture.image.shape[-1] == 1
-        axis.imshow(picture.image[..., 0] if grey else picture.image, cmap="gray" if grey else None)
+            title += f"\nnot {_drawn(class_names[each.target])}"
+        grey = each.image.shape[-1] == 1
+        axis.imshow(each.image[..., 0] if grey else each.image, cmap="gray" if grey else None)
         axis.set_title(title, fontsize=8, color="black" if right else "crimson")
     save_figure(figure, path)
 
 
 def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
     """per_class.csv: images, right ones and accuracy of each class."""
+    counts = zip(class_names, confusion.sum(1), confusion.diagonal(), strict=True)
+    rows = [[name, images, right, f"{100 * right / images:.2f}" if images else ""] for name, images, right in counts]
+    _write_csv(path, ["class", "images", "right", "accuracy"], rows)
 
+
+def _write_csv(path: Path, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["class", "images", "right", "accuracy"])
-            for name, images, right in zip(class_names, confusion.sum(1), confusion.diagonal(), strict=True):
-                writer.writerow([name, images, right, f"{100 * right / images:.2f}" if images else ""])
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([titles, *rows])
 
     write_atomically(path, write)
 

@@ -1,11 +1,11 @@
-"""Where the images of a classification run come from, and whether their classes agree."""
+"""Sources of the images of a classification run, and whether their classes agree."""
 
 import inspect
 import logging
 import tarfile
 from pathlib import Path
 from pickle import PickleError
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torchvision
@@ -14,13 +14,32 @@ from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
-from ..common.errors import RunError, suggest
+from ..common.classes import SPLITS, read_class_names
+from ..common.errors import RunError, plural, some, suggest
 from ..common.images import EXTENSIONS, open_image
+from ..common.packages import pip_line
+from .settings import Data, Options
 
 _logger = logging.getLogger(__name__)
 
-SPLIT_SYNONYMS = (("train", "training"), ("val", "valid", "validation"))
 N_HELD_OUT_DIGITS = 360
+
+# What makes a stream or a Hugging Face dataset readable, by the kind that --dataset names
+PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
+
+
+class Source(Protocol):
+    """Images with the numbers of their classes, each to be had by its index."""
+
+    class_names: list[str]
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """An image and the number of its class."""
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
 
 
 class ReaderSource:
@@ -43,8 +62,8 @@ class ReaderSource:
         return str(self.reader.filename(index, absolute=True))
 
 
-class TorchvisionSource:
-    """Images of a torchvision dataset."""
+class DatasetSource:
+    """Images of a dataset in the manner of torchvision's: pairs of an image and a class."""
 
     def __init__(self, dataset: Any, title: str):
         self.dataset = dataset
@@ -66,7 +85,7 @@ class TorchvisionSource:
         return f"{self.title} image {index}"
 
 
-class DigitsSource:
+class Digits:
     """scikit-learn's 1797 handwritten digits, 8x8 grey; 360 of them, as many of each digit, are held out."""
 
     def __init__(self, train: bool):
@@ -79,23 +98,19 @@ class DigitsSource:
         )
         images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
         self.images = np.round(images * 255 / 16).astype(np.uint8)
-        self.class_names = [str(name) for name in digits.target_names]
-        self.title = "digits train" if train else "digits held-out"
+        self.classes = digits.target_names
 
     def __len__(self) -> int:
         return len(self.targets)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.targets[index])
-
-    def name(self, index: int) -> str:
-        return f"{self.title} image {index}"
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), self.targets[index]
 
 
 class RelabelledSource:
     """Another source with its classes numbered as in `class_names`, which may have more of them."""
 
-    def __init__(self, source: "Source", class_names: list[str]):
+    def __init__(self, source: Source, class_names: list[str]):
         self.source = source
         self.class_names = class_names
         self._numbers = [class_names.index(name) for name in source.class_names]
@@ -111,89 +126,91 @@ class RelabelledSource:
         return self.source.name(index)
 
 
-Source = ReaderSource | TorchvisionSource | DigitsSource | RelabelledSource
-
-
-def open_source(options: Any, train: bool) -> Source | IterableImageDataset:
+def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
     """The training or the evaluation images that the options name.
 
     Raises:
         RunError: the folder, split, dataset or package is missing, or holds no images.
     """
     name = options.dataset
-    kind = name.partition("/")[0].lower()
-    if name == "sklearn-digits":
-        return DigitsSource(train)
-    if name.startswith("tv-"):
-        return _torchvision_source(options, train)
     split = options.train_split if train else options.val_split
-    if options.class_map and not Path(options.class_map).is_file():
-        raise RunError(f"no such --class-map: {options.class_map}")
-    if options.class_map and Path(options.class_map).suffix.lower() != ".txt":
-        raise RunError(f"--class-map is a text file, NAME.txt, with a class name a line, got {options.class_map}")
+    if name == "sklearn-digits":
+        return DatasetSource(Digits(train), "digits train" if train else "digits held-out")
+    if name.startswith("tv-"):
+        return _torchvision_source(options, split, train)
+    names = read_class_names(options.class_map) if options.class_map else []
+    class_map = {name: number for number, name in enumerate(names)}
+    if not name:
+        return _folder_source(options, split, class_map)
+    if name.partition("/")[0].lower() in PACKAGES:
+        return _named_source(options, split, train, class_map)
+    known = ["sklearn-digits", "tv-CIFAR10", *(f"{kind}/" for kind in PACKAGES)]
+    raise RunError(f"unknown --dataset {name}{suggest(name, known)}")
+
+
+def _named_source(
+    options: Options, split: str, train: bool, class_map: dict[str, int]
+) -> Source | IterableImageDataset:
+    """A dataset of timm's: hfds/NAME by index, the others as a stream."""
+    name = options.dataset
+    kind = name.partition("/")[0].lower()
     if kind in ("wds", "tfds") and not (options.data_dir and Path(options.data_dir).is_dir()):
         raise RunError(f"no data folder for --dataset {name}: {options.data_dir or 'name it last on the command line'}")
     keys = {"input_key": options.input_key, "target_key": options.target_key}
-    keys = {key: value for key, value in keys.items() if value is not None}
+    settings: dict[str, Any] = {key: value for key, value in keys.items() if value is not None}
+    settings |= {"class_map": class_map, "download": options.download}
     try:
-        if kind == "hfds":
-            return ReaderSource(
-                create_reader(
-                    name, options.data_dir, split, class_map=options.class_map, download=options.download, **keys
-                )
-            )
-        if kind in ("hfids", "tfds", "wds"):
-            return create_dataset(
-                name,
-                root=options.data_dir,
-                split=split,
-                is_training=train,
-                class_map=options.class_map,
-                download=options.download,
-                batch_size=options.batch_size,
-                num_samples=options.train_num_samples if train else options.val_num_samples,
-                seed=options.seed,
-                input_img_mode=image_mode(options),
-                **keys,
-            )
+        if not options.streamed:
+            return ReaderSource(create_reader(name, options.data_dir, split, **settings))
+        return create_dataset(
+            name,
+            root=options.data_dir,
+            split=split,
+            is_training=train,
+            batch_size=options.batch_size,
+            num_samples=options.train_num_samples if train else options.val_num_samples,
+            seed=options.seed,
+            input_img_mode=options.mode,
+            **settings,
+        )
     except ImportError as error:
-        package = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}[kind]
-        raise RunError(f"--dataset {name} needs a missing package: pip install {package}") from error
+        raise RunError(f"--dataset {name} needs a missing package: {pip_line(PACKAGES[kind])}") from error
     except (RuntimeError, ValueError, OSError, AssertionError, LookupError, TypeError) as error:
         raise RunError(f"cannot open --dataset {name} {split}: {error}") from error
-    if name:
-        known = ["sklearn-digits", "tv-CIFAR10", "hfds/", "hfids/", "tfds/", "wds/"]
-        raise RunError(f"unknown --dataset {name}{suggest(name, known)}")
-    return _folder_source(options, split)
 
 
-def _folder_source(options: Any, split: str) -> ReaderSource:
+def _synonyms(split: str) -> list[str]:
+    """The names under which a split may be found, its own first."""
+    return list(dict.fromkeys([split, *(name for names in SPLITS.values() if split in names for name in names)]))
+
+
+def _folder_source(options: Data, split: str, class_map: dict[str, int]) -> ReaderSource:
     """root/SPLIT/CLASS/*, or root/SPLIT.tar; train and val are found under their usual names."""
     if not options.data_dir:
         raise RunError("no data folder: name it last on the command line, or data_dir in the config")
     root = Path(options.data_dir)
     if not root.is_dir():
         raise RunError(f"no such data folder: {root}")
-    synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
-    candidates = [root / f"{s}{end}" for end in ("", ".tar") for s in (split, *synonyms)]
+    candidates = [root / f"{name}{end}" for end in ("", ".tar") for name in _synonyms(split)]
     path = next((p for p in candidates if p.exists()), None)
     if path is None:
-        found = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
+        found = some(sorted(p.name for p in root.iterdir()), 5) or "nothing"
         raise RunError(
             f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
             f"and --val-split"
         )
     settings = {"input_key": ";".join(EXTENSIONS)} if path.is_dir() else {}
     try:
-        reader = create_reader("", str(path), class_map=options.class_map, **settings)
+        reader = create_reader("", str(path), class_map=class_map, **settings)
     except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError) as error:
         raise RunError(f"cannot read {path}: {error or type(error).__name__}") from error
-    if path.is_dir() and not options.class_map:
+    if path.is_dir() and not class_map:
         _name_classes(reader, path)
     elif path.is_dir():
-        left_out = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in reader.class_to_idx)
+        left_out = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in class_map)
         if left_out:
-            _logger.warning(f"{options.class_map} lacks {len(left_out)} folders of {path}: {', '.join(left_out[:5])}")
+            folders = f"{plural(len(left_out), 'folder')} of {path}"
+            _logger.warning(f"{options.class_map} lacks {folders}: {some(left_out, 5)}")
     source = ReaderSource(reader)
     if path.is_file() and len({tuple(natural_key(name)) for name in source.class_names}) < len(source.class_names):
         raise RunError(f"{path} has classes that differ in case alone; unpack it, or give a --class-map")
@@ -205,27 +222,27 @@ def _name_classes(reader: Any, root: Path) -> None:
 
     timm's own order leaves names that differ in case alone, such as A and a, to chance.
     """
-    parents = [Path(path).relative_to(root).parent for path, _ in reader.samples]
-    hidden = [any(part.startswith(".") for part in parent.parts) for parent in parents]
-    reader.samples = [sample for sample, skip in zip(reader.samples, hidden, strict=True) if not skip]
-    parents = [parent for parent, skip in zip(parents, hidden, strict=True) if not skip]
-    folders = {parent.name: parent for parent in parents}
-    if "" in folders:
-        raise RunError(f"{root} holds images beside its class folders; expected {root}/CLASS/IMAGE")
-    twice = next((parent for parent in parents if folders[parent.name] != parent), None)
-    if twice is not None:
-        raise RunError(f"two class folders in {root} have one name: {twice} and {folders[twice.name]}")
+    folders: dict[str, Path] = {}
+    samples = []
+    for path, _ in reader.samples:
+        folder = Path(path).relative_to(root).parent
+        if any(part.startswith(".") for part in folder.parts):
+            continue
+        if not folder.name:
+            raise RunError(f"{root} holds images beside its class folders; expected {root}/CLASS/IMAGE")
+        if folders.setdefault(folder.name, folder) != folder:
+            raise RunError(f"two class folders in {root} have one name: {folders[folder.name]} and {folder}")
+        samples.append((path, folder.name))
     filled = {folder.parts[0] for folder in folders.values()}
     empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and p.name[0] != ".")
     if empty:
         raise RunError(f"class folder {root / empty[0]} holds no images ({len(empty)} such); remove or fill it")
-    reader.class_to_idx = {n: i for i, n in enumerate(sorted(folders, key=lambda name: (natural_key(name), name)))}
-    reader.samples = [
-        (path, reader.class_to_idx[parent.name]) for (path, _), parent in zip(reader.samples, parents, strict=True)
-    ]
+    names = sorted(folders, key=lambda name: (natural_key(name), name))
+    reader.class_to_idx = {name: number for number, name in enumerate(names)}
+    reader.samples = [(path, reader.class_to_idx[name]) for path, name in samples]
 
 
-def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
+def _torchvision_source(options: Data, split: str, train: bool) -> DatasetSource:
     name = options.dataset.removeprefix("tv-")
     known = [n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n))]
     if name not in known:
@@ -235,19 +252,16 @@ def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
     dataset_class = getattr(torchvision.datasets, name)
     parameters = inspect.signature(dataset_class).parameters
     settings = {"download": options.download} if "download" in parameters else {}
-    split = options.train_split if train else options.val_split
     if "train" in parameters:
         choices: list[dict[str, Any]] = [{"train": train}]
     elif "split" in parameters:
-        synonyms = next((names for names in SPLIT_SYNONYMS if split in names), ())
-        choices = [{"split": s} for s in dict.fromkeys((split, *synonyms))]
+        choices = [{"split": name} for name in _synonyms(split)]
     else:
         raise RunError(f"torchvision's {name} has neither train= nor split=; it cannot be trained on by name")
     for choice in choices:
         try:
-            return TorchvisionSource(
-                dataset_class(options.data_dir, **choice, **settings), f"{name} {'train' if train else 'val'}"
-            )
+            dataset = dataset_class(options.data_dir, **choice, **settings)
+            return DatasetSource(dataset, f"{name} {'train' if train else 'val'}")
         except ValueError as error:  # an unknown split
             reason = str(error)
         except (RuntimeError, OSError, TypeError, ImportError) as error:
@@ -258,18 +272,17 @@ def _torchvision_source(options: Any, train: bool) -> TorchvisionSource:
     raise RunError(f"torchvision's {name} has no split {split!r}: {reason}")
 
 
-def check_classes(train: Source | IterableImageDataset, val: Source | IterableImageDataset, options: Any) -> list[str]:
+def check_classes(train: Any, val: Any, options: Data) -> list[str]:
     """The class names, after checking that training data, validation data and --num-classes agree.
 
     Streamed datasets do not tell their classes; for them --num-classes is needed and the names are numbers.
     """
-    names = getattr(train, "class_names", [])
-    val_names = getattr(val, "class_names", names)
+    names: list[str] = getattr(train, "class_names", [])
+    val_names: list[str] = getattr(val, "class_names", names)
     if names != val_names:
-        odd = sorted(set(names) ^ set(val_names))
         raise RunError(
-            f"the training data has {len(names)} classes, the validation data {len(val_names)}; only one of them has "
-            f"{', '.join(odd[:3])}{' ...' if len(odd) > 3 else ''}"
+            f"the training data has {plural(len(names), 'class')}, the validation data {len(val_names)}; only one of "
+            f"them has {some(sorted(set(names) ^ set(val_names)))}"
         )
     if not names:
         if options.num_classes is None:
@@ -277,24 +290,19 @@ def check_classes(train: Source | IterableImageDataset, val: Source | IterableIm
         return [str(i) for i in range(options.num_classes)]
     if options.num_classes not in (None, len(names)):
         raise RunError(
-            f"--num-classes is {options.num_classes}, but the data has {len(names)} classes; num_classes: auto takes "
-            f"the data's"
+            f"--num-classes is {options.num_classes}, but the data has {plural(len(names), 'class')}; num_classes: "
+            "auto takes the data's"
         )
     return names
 
 
 def relabel(source: Any, class_names: list[str], path: str) -> Any:
     """The source with the class numbers of a checkpoint; a class that the checkpoint does not know is an error."""
-    names = getattr(source, "class_names", [])
+    names: list[str] = getattr(source, "class_names", [])
     unknown = [name for name in names if name not in class_names]
     if unknown:
         raise RunError(
             f"{path} does not know the class {unknown[0]} of the data ({len(unknown)} such); it knows "
-            f"{', '.join(class_names[:5])}{' ...' if len(class_names) > 5 else ''}"
+            f"{some(class_names, 5)}"
         )
     return source if not names or names == class_names else RelabelledSource(source, class_names)
-
-
-def image_mode(options: Any) -> str:
-    """Pillow's name for the channels that images are read in."""
-    return "L" if options.in_chans == 1 else "RGB"

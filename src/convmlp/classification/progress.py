@@ -1,0 +1,118 @@
+"""Progress of a run: how fast an epoch goes, and where its figures are shown."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ..common.packages import need
+from .settings import Options
+
+_logger = logging.getLogger(__name__)
+
+
+class Clock:
+    """How fast an epoch goes, and how much of its time this process waits for the next batch."""
+
+    def __init__(self, batch_images: int):
+        self.batch_images = batch_images
+        self.n_batches = 0
+        self.waited = 0.0
+        self.start = time.perf_counter()
+
+    def watch(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The batches, with a look at the clock before and after each is asked for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            batch = next(iterator, None)
+            self.waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            self.n_batches += 1
+            yield batch
+
+    def pace(self) -> str:
+        seconds = time.perf_counter() - self.start
+        rate = self.n_batches * self.batch_images / seconds
+        return f"{rate:.0f} img/s, {self.waited / seconds:.0%} waiting for data"
+
+
+class EpochProgress:
+    """As a context, a bar over the batches of an epoch, or lines in the log where there is no terminal."""
+
+    def __init__(self, epoch: int, first: int, n_batches: int, log_interval: int, primary: bool):
+        self.title = f"epoch {epoch}"
+        self.n_batches = n_batches
+        self.batch = first
+        self.log_interval = log_interval
+        hidden = None if primary else True
+        self.bar = tqdm(total=n_batches, initial=first, desc=self.title, disable=hidden, leave=False, unit="batch")
+
+    def __enter__(self) -> "EpochProgress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
+
+    def show(self, status: str, batch: int) -> None:
+        """Show how far the epoch is."""
+        if self.bar.disable and batch // self.log_interval > self.batch // self.log_interval:
+            _logger.info(f"{self.title} batch {batch}/{self.n_batches}: {status}")
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(batch - self.batch)
+        self.batch = batch
+
+
+def epoch_line(row: dict[str, float], epochs: int, pace: str, seconds: float) -> str:
+    """What the log says of an epoch that took so many seconds."""
+    epoch = int(row["epoch"])
+    ema = f" (averaged {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
+    minutes, left = divmod(round((epochs - epoch - 1) * seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    time_left = f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+    return (
+        f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
+        f"top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  lr {row['lr']:.1e}  {pace}  "
+        f"{seconds:.0f} s, {time_left} left"
+    )
+
+
+class ExternalLogs:
+    """TensorBoard and Weights & Biases, when asked for."""
+
+    def __init__(self, options: Options, folder: Path):
+        self.tensorboard = self.wandb = None
+        if options.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if options.log_wandb:
+            import wandb
+
+            settings = {"name": folder.name, "config": options.stored(), "dir": str(folder)}
+            self.wandb = wandb.init(project=options.wandb_project, **settings)
+
+    @staticmethod
+    def check(options: Options) -> None:
+        """Make sure that their packages are there, before long work."""
+        if options.log_tensorboard:
+            need("--log-tensorboard", "tensorboard")
+        if options.log_wandb:
+            need("--log-wandb", "wandb")
+
+    def write(self, row: dict[str, float]) -> None:
+        if self.tensorboard:
+            for name, value in row.items():
+                self.tensorboard.add_scalar(name, value, row["epoch"])
+        if self.wandb:
+            self.wandb.log(row)
+
+    def close(self) -> None:
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()

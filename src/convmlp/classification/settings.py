@@ -1,0 +1,357 @@
+"""The options of classification.py, typed, in groups.
+
+`Options` is all groups in one, so a function names the group that it needs and is given the options. Each option is
+stated once: its name, type, default, help and range. Names are those of timm's training script wherever it has the
+option, so that its recipes carry over.
+"""
+
+import argparse
+import ast
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+from ..common.errors import RunError
+
+NOT_STORED = {"config", "resume", "eval", "overwrite"}
+
+
+# Types of options
+
+
+def number_or_auto(text: str) -> int | None:
+    """A whole number, or None for auto."""
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number or auto, got {text[:80]}") from None
+
+
+def numbers(text: str) -> list[float]:
+    """One or more numbers, separated by commas (or blanks, see `options.join_lists`)."""
+    return [float(part) for part in text.split(",")]
+
+
+def keywords(text: str) -> dict[str, Any]:
+    """KEY=VALUE pairs, separated by commas (or blanks: `options.join_lists`); values as in Python or YAML."""
+    pairs = [part.partition("=") for part in re.split(r",(?=\w+=)", text)]
+    if not all(key.isidentifier() and value for key, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"it takes KEY=VALUE, got {text}")
+    return {key: _value(text) for key, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is not a value") from None
+
+
+# Ranges of options
+
+
+class Range(NamedTuple):
+    """What holds of every value of an option, and how an error says it."""
+
+    holds: Callable[[Any], bool]
+    rule: str
+
+
+POSITIVE = Range(lambda x: x > 0, "must be positive")
+NOT_NEGATIVE = Range(lambda x: x >= 0, "must not be negative")
+FRACTION = Range(lambda x: 0 <= x <= 1, "must be between 0 and 1")
+BELOW_ONE = Range(lambda x: 0 <= x < 1, "must be at least 0 and below 1")
+POSITIVE_EACH = Range(lambda x: min(x) > 0, "must be positive")
+AREAS = Range(lambda x: 0 < x[0] <= x[1] <= 1, "must be a smaller and a larger part of 1")
+RATIOS = Range(lambda x: 0 < x[0] <= x[1], "must be a smaller and a larger number")
+
+
+def option(
+    default: Any, help: str = "", metavar: str = "", range: Range | None = None, flags: str = "", **argument: Any
+) -> Any:
+    """A field of a group. `flags` are further names; `argument` goes to argparse, which knows the rest by the type."""
+    argument |= {"metavar": metavar} if metavar else {}
+    metadata = {"help": help, "range": range, "flags": flags.split(), "argument": argument}
+    if isinstance(default, (list, dict)):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag_of(name: str) -> str:
+    """How the command line spells an option."""
+    return f"--{name.replace('_', '-')}"
+
+
+def require(condition: object, message: str) -> None:
+    """Raise a `RunError` unless the condition holds."""
+    if not condition:
+        raise RunError(message)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together, checked when they are made; the docstring is their title in the help."""
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            name, value, range = flag_of(each.name), getattr(self, each.name), each.metadata["range"]
+            items = value if isinstance(value, list) else [value]
+            require(all(math.isfinite(x) for x in items if isinstance(x, float)), f"{name} must be finite, got {value}")
+            require(value is None or not range or range.holds(value), f"{name} {range and range.rule}, got {value}")
+
+
+@dataclass(frozen=True)
+class Run(Group):
+    """what to do"""
+
+    config: str | None = option(
+        None, "YAML file of option values, or one of `convmlp configs`", "FILE|NAME", flags="-c"
+    )
+    eval: str | None = option(None, "only evaluate this checkpoint; its own settings are the defaults", "CHECKPOINT")
+    resume: str | None = option(
+        None, "continue a run: auto takes the newest checkpoint of the output folder", "auto|FILE"
+    )
+    overwrite: bool = option(False, "replace an earlier run in the output folder")
+    output: str | None = option(
+        None, "where runs are kept, by default output; with --eval beside the checkpoint", "DIR"
+    )
+    experiment: str | None = option(
+        None, "folder of this run in --output; by default the config's or model's name", "NAME"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
+
+
+@dataclass(frozen=True)
+class Data(Group):
+    """data"""
+
+    data_dir: str | None = option(None, "the same as DATA", "DIR")
+    dataset: str = option("", "'' image folder or tar, tv-NAME torchvision, hfds/NAME, wds/, sklearn-digits")
+    train_split: str = option("train", "", "NAME")
+    val_split: str = option("validation", "val, valid and validation stand for each other", "NAME")
+    download: bool = option(False, "let a tv- dataset download itself", flags="--dataset-download")
+    class_map: str | None = option(None, "text file of class names in the order of their numbers", "FILE")
+    num_classes: int | None = option(None, "auto takes the data's", "N|auto", type=number_or_auto)
+    input_key: str | None = option(None, "image field of an hfds or wds dataset", "NAME")
+    target_key: str | None = option(None, "label field of an hfds or wds dataset", "NAME")
+    train_num_samples: int | None = option(None, "images in a wds training set that does not say so itself", "N")
+    val_num_samples: int | None = option(None, "likewise for validation", "N")
+    on_bad_image: Literal["skip", "stop"] = option("skip", "an unreadable image is named and skipped")
+    workers: int | None = option(
+        None, "loader processes; by default the cores a process has, up to 8", "N", NOT_NEGATIVE, flags="-j"
+    )
+    pin_mem: bool = option(True, "pinned memory for copies to a GPU")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        takes_keys = self.streamed or self.dataset.lower().startswith("hfds/")
+        given = self.input_key or self.target_key
+        require(takes_keys or not given, "--input-key and --target-key are for hfds and wds")
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the images come one after the other, in an order that is not ours."""
+        return self.dataset.partition("/")[0].lower() in ("wds", "tfds", "hfids")
+
+
+@dataclass(frozen=True)
+class Model(Group):
+    """model"""
+
+    model: str = option("convmlp_s", "any timm model, ours among them", "NAME")
+    pretrained: bool = option(False, "start from the published ImageNet weights")
+    initial_checkpoint: str | None = option(
+        None, "start from these weights instead; the head may have other classes", "FILE"
+    )
+    drop: float = option(0.0, "dropout before the head", "P", BELOW_ONE)
+    drop_path: float | None = option(None, "stochastic depth; by default the model's (ConvMLP 0.1)", "P", BELOW_ONE)
+    gp: str | None = option(None, "global pooling: avg, max, avgmax", "POOL")
+    model_kwargs: dict[str, Any] = option({}, "arguments of the model: conv_stage=False", "KEY=VALUE", type=keywords)
+    grad_checkpointing: bool = option(False, "recompute activations to save memory")
+    use_ema: bool = option(True, "--eval and --initial-checkpoint prefer averaged weights")
+
+
+@dataclass(frozen=True)
+class Images(Group):
+    """image size and normalisation; by default the model's"""
+
+    img_size: int | None = option(None, "", "PX", POSITIVE)
+    in_chans: Literal[1, 3] = option(3, "1 reads images as greyscale")
+    mean: list[float] | None = option(
+        None, "one value, or one a channel; blanks may separate them", "M[,M,M]", type=numbers
+    )
+    std: list[float] | None = option(None, "", "S[,S,S]", POSITIVE_EACH, type=numbers)
+    interpolation: str | None = option(None, "for evaluation: bilinear, bicubic, ...", "NAME")
+    crop_pct: float | None = option(None, "evaluation crop over resized image", "F", POSITIVE)
+    crop_mode: Literal["center", "squash", "border"] | None = option(None, "evaluation crop")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, values in (("--mean", self.mean), ("--std", self.std)):
+            rule = f"{name} takes one value or one a channel ({self.in_chans}), got {values}"
+            require(values is None or len(values) in (1, self.in_chans), rule)
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name for the channels that images are read in."""
+        return "L" if self.in_chans == 1 else "RGB"
+
+
+@dataclass(frozen=True)
+class Machine(Group):
+    """machine"""
+
+    device: str = option("auto", "auto (cuda, else mps, else cpu), or a device")
+    amp: bool = option(True, "mixed precision; by default in training, not with --eval")
+    amp_dtype: Literal["auto", "bfloat16", "float16"] = option("auto", "auto: bfloat16 where it is native")
+    channels_last: bool = option(True, "memory layout; the faster one")
+    compile: bool = option(False, "torch.compile; the first step then takes up to a minute")
+    sync_bn: bool = option(False, "BatchNorm over all GPUs")
+    find_unused_parameters: bool = option(
+        False, "for models that leave weights out of a step; also lets three or more processes resume bit for bit"
+    )
+    dist_bn: Literal["reduce", "broadcast", ""] = option("reduce", "BatchNorm statistics after an epoch")
+    seed: int = option(42, range=NOT_NEGATIVE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
+
+
+@dataclass(frozen=True)
+class Schedule(Group):
+    """schedule"""
+
+    epochs: int = option(300, "without the cool-down", "N", POSITIVE)
+    batch_size: int = option(128, "images a process and step", "N", POSITIVE, flags="-b")
+    validation_batch_size: int | None = option(None, "by default the training batch", "N", POSITIVE)
+    grad_accum_steps: int = option(1, "steps whose gradients make one update", "N", POSITIVE)
+    sched: str = option("cosine", "cosine, tanh, step, multistep, poly, wsd, rsqrt, constant, plateau, none")
+    lr: float = option(5e-4, "learning rate; not scaled by batch size or processes", range=NOT_NEGATIVE)
+    min_lr: float = option(1e-5, range=NOT_NEGATIVE)
+    warmup_lr: float = option(1e-6, range=NOT_NEGATIVE)
+    warmup_epochs: int = option(5, "", "N", NOT_NEGATIVE)
+    cooldown_epochs: int = option(0, "epochs at --min-lr after the schedule", "N", NOT_NEGATIVE)
+    patience_epochs: int = option(10, "for plateau", "N", NOT_NEGATIVE)
+    decay_epochs: float = option(90, "for step, wsd, rsqrt", "N", POSITIVE)
+    decay_milestones: list[float] = option([90, 180, 270], "for multistep", "N,N", type=numbers)
+    decay_rate: float = option(0.1, "for step, multistep, plateau; the power for poly")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = f"--warmup-epochs {self.warmup_epochs} leaves nothing of --epochs {self.epochs}"
+        require(self.warmup_epochs < self.epochs or self.sched == "none", rule)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Images a process and step of an evaluation."""
+        return self.validation_batch_size or self.batch_size
+
+
+@dataclass(frozen=True)
+class Optimizer(Group):
+    """optimizer and loss"""
+
+    opt: str = option("adamw", "any optimizer of timm")
+    opt_eps: float | None = option(None)
+    opt_betas: list[float] | None = option(None, nargs=2)
+    momentum: float = option(0.9)
+    weight_decay: float = option(0.05)
+    layer_decay: float | None = option(None, "learning rate factor from a layer to the one before it", "F")
+    clip_grad: float | None = option(None, "clip gradients", "X", POSITIVE)
+    clip_mode: Literal["norm", "value", "agc"] = option("norm")
+    smoothing: float = option(0.1, "label smoothing", range=BELOW_ONE)
+    model_ema: bool = option(False, "keep and evaluate a moving average of the weights")
+    model_ema_decay: float = option(0.9998, range=BELOW_ONE)
+    model_ema_warmup: bool = option(False, "let the decay rise to its value")
+    kd_model: str | None = option(None, "distil from this timm model's logits (pretrained, or --kd-checkpoint)", "NAME")
+    kd_checkpoint: str | None = option(None, "weights of the teacher", "FILE")
+    kd_weight: float = option(1.0, "weight of the distillation loss beside the task's")
+    kd_temperature: float = option(1.0, range=POSITIVE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
+
+
+@dataclass(frozen=True)
+class Augmentation(Group):
+    """augmentation"""
+
+    aug: bool = option(True, "--no-aug: resize and crop only")
+    scale: list[float] = option([0.08, 1.0], "area of the random crop", range=AREAS, nargs=2)
+    ratio: list[float] = option([3 / 4, 4 / 3], "aspect ratio of the random crop", range=RATIOS, nargs=2)
+    train_interpolation: str = option("random", "random, bilinear, bicubic, ...")
+    hflip: float = option(0.5, "", "P", FRACTION)
+    vflip: float = option(0.0, "", "P", FRACTION)
+    color_jitter: float = option(0.4, "without --aa")
+    aa: str | None = option(None, "rand-m9-mstd0.5-inc1, augmix-..., original, ...", "POLICY")
+    reprob: float = option(0.0, "random erasing", "P", FRACTION)
+    remode: Literal["const", "rand", "pixel"] = option("pixel")
+    recount: int = option(1, range=POSITIVE)
+    mixup: float = option(0.0, "", "ALPHA", NOT_NEGATIVE)
+    cutmix: float = option(0.0, "", "ALPHA", NOT_NEGATIVE)
+    cutmix_minmax: list[float] | None = option(None, range=AREAS, nargs=2)
+    mixup_prob: float = option(1.0, "", "P", FRACTION)
+    mixup_switch_prob: float = option(0.5, "cutmix rather than mixup, if both are on", "P", FRACTION)
+    mixup_mode: Literal["batch", "pair", "elem"] = option("batch")
+    mixup_off_epoch: int = option(0, "no mixup from this epoch on; 0 never", "N", NOT_NEGATIVE)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or cutmix blend images and targets."""
+        return self.aug and (self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None)
+
+
+@dataclass(frozen=True)
+class Records(Group):
+    """records"""
+
+    checkpoint_interval: int = option(0, "also save within epochs; 0 at their ends", "STEPS", NOT_NEGATIVE)
+    checkpoint_minutes: float = option(
+        10, "also save within epochs when this time has passed; 0 never", "MINUTES", NOT_NEGATIVE
+    )
+    skip_nonfinite: int = option(
+        0,
+        "leave out up to N updates whose loss or gradients are not finite; by default the first one ends the run",
+        "N",
+        NOT_NEGATIVE,
+    )
+    log_interval: int = option(50, "log lines where there is no terminal", "STEPS", POSITIVE)
+    eval_metric: Literal["top1", "top5", "loss"] = option("top1", "what makes a checkpoint the best")
+    log_tensorboard: bool = option(False)
+    log_wandb: bool = option(False)
+    wandb_project: str | None = option(None, "", "NAME")
+
+
+@dataclass(frozen=True)
+class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentation, Records):
+    """All options of a call."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rule = f"mixup and cutmix need an even --batch-size, got {self.batch_size}"
+        require(not (self.mixes and self.batch_size % 2), rule)
+        for name, off in (("checkpoint_interval", 0), ("mixup_off_epoch", 0), ("on_bad_image", "skip")):
+            value = getattr(self, name)
+            rule = f"{flag_of(name)} {value} does not work with streamed data"
+            require(not self.streamed or value == off, rule)
+
+    def stored(self) -> dict[str, Any]:
+        """What args.yaml and checkpoints keep: plain values that make a config again."""
+        names = [each.name for group in GROUPS for each in fields(group)]
+        return {name: getattr(self, name) for name in names if name not in NOT_STORED}
+
+
+GROUPS: tuple[type[Group], ...] = Options.__bases__
