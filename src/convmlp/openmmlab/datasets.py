@@ -22,7 +22,7 @@ from ..common.errors import RunError, plural, some
 
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SAMPLE = 500  # files of each part that are opened, unless all are asked for
-Colour = tuple[int, int, int]
+Colour = tuple[int, ...]  # red, green, blue
 Part = TypeVar("Part")
 
 
@@ -257,9 +257,10 @@ def choose_palette(metas: Iterable[Mapping[str, Any]], names: Sequence[str]) -> 
         palette = [list(colour) for colour in meta.get("palette") or ()]
         if list(meta.get("classes") or ()) == list(names) and len(palette) == number and palette != random:
             return [tuple(colour) for colour in palette]
-    table = [tuple(round(255 * value) for value in rgb) for rgb in matplotlib.colormaps["tab20"].colors]
-    table = table[::2] + table[1::2] if number <= len(table) else random  # the strong ones first
-    return [(0, 0, 0) if name == "background" else tuple(colour) for name, colour in zip(names, table, strict=False)]
+    strong_first = [*range(0, 20, 2), *range(1, 20, 2)]
+    table = random if number > 20 else (255 * np.asarray(matplotlib.colormaps["tab20"](strong_first))[:, :3]).round()
+    colours = [tuple(int(value) for value in colour) for colour in table]
+    return [(0, 0, 0) if name == "background" else colour for name, colour in zip(names, colours, strict=False)]
 
 
 def _class_table(names: Sequence[str], counts: Mapping[str, Mapping[int, int]], unit: str) -> str:

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from ..common.figures import picture_font, plain
 from ..common.images import enlargement
 
-Palette = Sequence[tuple[int, int, int]]
+Palette = Sequence[tuple[int, ...]]
 
 
 @HOOKS.register_module()

@@ -104,6 +104,9 @@ class LateRemovalHook(CheckpointHook):
     or with `max_keep_ckpts=1` none at all.
     """
 
+    file_backend: Any
+    best_ckpt_path: Any
+
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
         self.file_backend = _LateRemoval()

@@ -70,9 +70,9 @@ def on_main_process(work: Callable[[], T]) -> T:
         except RunError as error:
             result[1] = type(error), str(error)
     broadcast_object_list(result)
-    value, error = result
-    if error:
-        kind, message = error
+    value, failure = result
+    if failure:
+        kind, message = failure
         raise kind(message)
     return value
 
