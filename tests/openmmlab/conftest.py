@@ -3,6 +3,7 @@
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from digit_scenes import write_detection, write_segmentation
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
-from small_runs import TINY, run
+from small_runs import QUICK, RETINANET, TINY, run
 
 from convmlp import ConvMLP
 from convmlp.zoo import VARIANTS
@@ -84,3 +85,28 @@ def check(said) -> Callable[..., tuple[int, str]]:
         return run(config, data, "--check-data", *options), said()
 
     return check
+
+
+@pytest.fixture(scope="session")
+def finished(scenes, tmp_path_factory) -> Callable[[str], Path]:
+    """The work folder of a run that is through: two epochs of three steps, or four steps. Not to be written into."""
+
+    @cache
+    def finish(config: str) -> Path:
+        folder = tmp_path_factory.mktemp(Path(config).stem)
+        options = QUICK[config](epochs=2) if config == RETINANET else QUICK[config]()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setitem(VARIANTS, "tiny", TINY)
+            (folder / "tiny.pth").symlink_to(scenes / "tiny.pth")
+            assert run(config, scenes / Path(config).parent.name, "--work-dir", "run", *options) == 0
+        forget_earlier_runs()
+        return folder / "run"
+
+    return finish
+
+
+@pytest.fixture
+def copy_run(finished) -> Callable[..., Path]:
+    """A copy of a finished run, as run/ in the current folder."""
+    return lambda config: Path(shutil.copytree(finished(config), "run"))
