@@ -8,7 +8,7 @@ import logging
 
 from . import ops
 from .backbone import ConvMLPBackbone
-from .hooks import DrawPredictions
+from .drawing import DrawPredictions
 from .optim import AutocastOptimWrapper
 
 __all__ = ["AutocastOptimWrapper", "ConvMLPBackbone", "DrawPredictions"]

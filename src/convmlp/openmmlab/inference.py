@@ -1,8 +1,7 @@
-"""Boxes, masks and label maps of pictures, by a detector of mmdet or a segmentor of mmseg.
+"""Boxes, masks and label maps of images, by a detector of mmdet or a segmentor of mmseg.
 
 from PIL import Image
-from convmlp.openmmlab.drawing import draw
-from convmlp.openmmlab.inference import open_model, predict
+from convmlp.openmmlab.inference import draw, open_model, predict
 
 model = open_model("output/quickstart_retinanet/quickstart_retinanet.py", "output/quickstart_retinanet/epoch_3.pth")
 image = Image.open("scene.jpg").convert("RGB")
@@ -11,39 +10,44 @@ draw(model, image, result).save("drawn.png")
 """
 
 import io
-import itertools
+import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose
+from mmengine.logging import MMLogger
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as run_lengths
+from tqdm import tqdm
 
 from ..common.devices import choose_device
-from ..common.errors import CheckpointError, RunError
+from ..common.errors import CheckpointError, RunError, one_line
+from ..common.files import write_atomically
+from ..common.images import read_image
 from ..weights import extract_state_dict, find_checkpoint, list_differences, shorten
 from .checkpoints import read_run_checkpoint
-from .datasets import leaf_datasets, set_classes
-from .engine import read_config, replace_sync_bn
+from .configs import read_config
+from .datasets import Colour, choose_palette, leaf_datasets, set_num_classes
+from .drawing import draw_instances, draw_label_map
+from .machine import replace_sync_bn
 
 # What the classes of a model are called that has their number and does not tell their names
 STANDARD = {"mmdet": "CocoDataset", "mmseg": "ADE20KDataset"}
 
 SCORE_THRESHOLD = 0.3  # from this score on, detections are drawn and listed
 LARGEST_LOGITS = 2**29  # values, 2 GiB in float32; 150 classes of a photograph of 12 megapixels would be 7
-
-Colour = tuple[int, int, int]
-FIRST_COLOURS = "e6194b 3cb44b ffe119 4363d8 f58231 42d4f4 f032e6 911eb4 fabed4 9a6324 aaffc3 469990"
 
 
 @dataclass
@@ -62,7 +66,7 @@ class TrainedModel:
 
 
 class Detections(NamedTuple):
-    """What a detector finds on a picture, in its pixels.
+    """What a detector finds on an image, in its pixels.
 
     Boxes (n, 4) are x1, y1, x2, y2, scores (n,) lie in 0 to 1, labels (n,) are class numbers, and masks, of a model
     that has them, n run-length codes as in COCO files: `pycocotools.mask.decode` makes (h, w) of one.
@@ -75,7 +79,7 @@ class Detections(NamedTuple):
 
 
 class Segmentation(NamedTuple):
-    """Class numbers of a picture's pixels, (h, w), and the share of each class in them, (classes,)."""
+    """Class numbers of an image's pixels, (h, w), and the share of each class in them, (classes,)."""
 
     label_map: np.ndarray
     shares: np.ndarray
@@ -103,18 +107,19 @@ def open_model(config: str, checkpoint: str, device: str = "auto", trust_checkpo
     with _library(cfg.default_scope):
         metas = _metas(content, cfg)
         if metas[0].get("classes"):
-            set_classes(cfg, metas[0]["classes"])
+            set_num_classes(cfg.model, len(metas[0]["classes"]))
         replace_sync_bn(cfg.model)
         (cfg.model.get("backbone") or {}).pop("init_cfg", None)
         try:
             network = MODELS.build(cfg.model)
             pipeline = Compose(_test_steps(cfg))
         except (TypeError, ValueError, KeyError, AssertionError, AttributeError, NotImplementedError) as error:
-            raise RunError(f"{config} cannot be built: {_one_line(error)}") from error
+            raise RunError(f"{config} cannot be built: {one_line(error)}") from error
     _load(network, content, config, checkpoint)
     if cfg.get("channels_last"):
         network = network.to(memory_format=torch.channels_last)
-    names, palette = _classes(metas, _number_of_classes(network, config))
+    names = _class_names(metas, _number_of_classes(network, config))
+    palette = choose_palette(metas, names)
     return TrainedModel(config, cfg.default_scope, network.to(chosen).eval(), pipeline, names, palette)
 
 
@@ -123,10 +128,6 @@ def _read_config(config: str) -> Config:
     if not isinstance(cfg.get("model"), dict) or cfg.get("default_scope") not in STANDARD:
         raise RunError(f"{config} is not the config of a model of mmdet or mmseg: model and default_scope say so")
     return cfg
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 @contextmanager
@@ -152,7 +153,7 @@ def _metas(checkpoint: Mapping[str, Any], cfg: Config) -> list[dict[str, Any]]:
 
 
 def _test_steps(cfg: Config) -> list[dict[str, Any]]:
-    """The steps of the test pipeline for a picture that is in memory and has no annotations."""
+    """The steps of the test pipeline for an image that is in memory and has no annotations."""
     datasets = leaf_datasets(cfg)
     dataset = datasets.get("test_dataloader") or datasets.get("val_dataloader") or {}
     steps = dataset.get("pipeline") or cfg.get("test_pipeline")
@@ -180,41 +181,21 @@ def _number_of_classes(network: BaseModel, config: str) -> int:
     raise RunError(f"the heads of {config} do not tell their number of classes")
 
 
-def _classes(metas: Sequence[Mapping[str, Any]], number: int) -> tuple[list[str], list[Colour]]:
-    """Names of the classes, from the first that has this number of them, and the colours that belong to the names."""
-    named = [meta for meta in metas if len(meta.get("classes") or ()) == number]
-    names = list(named[0]["classes"]) if named else [f"class {i}" for i in range(number)]
-    drawn = np.random.RandomState(42).randint(0, 255, (number, 3)).tolist()  # by mmseg, for want of a palette
-    for meta in named:
-        palette = [list(colour) for colour in meta.get("palette") or ()]
-        if list(meta["classes"]) == names and len(palette) == number and palette != drawn:
-            return names, [tuple(colour) for colour in palette]
-    colours = iter(_colours(number))
-    return names, [(0, 0, 0) if name == "background" else next(colours) for name in names]
-
-
-def _colours(number: int) -> list[Colour]:
-    """Colours that are easily told apart; each that comes after the first ones lies farthest from all before it."""
-    colours: list[Colour] = [(red, green, blue) for red, green, blue in map(bytes.fromhex, FIRST_COLOURS.split())]
-    others = np.array([rgb for rgb in itertools.product(range(15, 256, 30), repeat=3) if 150 < sum(rgb) < 700])
-    nearest = np.min([np.linalg.norm(others - colour, axis=1) for colour in colours], axis=0)
-    while len(colours) < number:
-        farthest = others[nearest.argmax()]
-        red, green, blue = farthest.tolist()
-        colours.append((red, green, blue))
-        nearest = np.minimum(nearest, np.linalg.norm(others - farthest, axis=1))
-    return colours[:number]
+def _class_names(metas: Sequence[Mapping[str, Any]], number: int) -> list[str]:
+    """From the first that names this number of classes."""
+    unnamed = [f"class {i}" for i in range(number)]
+    return list(next((meta["classes"] for meta in metas if len(meta.get("classes") or ()) == number), unnamed))
 
 
 @torch.inference_mode()
 def predict(model: TrainedModel, images: Sequence[Image.Image]) -> list[Detections | Segmentation]:
-    """Find objects on RGB pictures, or label their pixels, in the way of the model's test pipeline.
+    """Find objects on RGB images, or label their pixels, in the way of the model's test pipeline.
 
-    Pictures go through the model one by one: in a batch the results would depend on the sizes of the others. How many
+    Images go through the model one by one: in a batch the results would depend on the sizes of the others. How many
     boxes there are at most, and from which score on, is in the config: test_cfg.
 
     Raises:
-        RunError: a picture that the pipeline cannot take, such as one so narrow that nothing is left of it.
+        RunError: an image that the pipeline cannot take, such as one so narrow that nothing is left of it.
     """
     return [_predict(model, image) for image in images]
 
@@ -225,7 +206,7 @@ def _predict(model: TrainedModel, image: Image.Image) -> Detections | Segmentati
         packed = model.pipeline(dict(img=bgr, img_id=0))
     except Exception as error:  # OpenCV's, or of any step that a config may name
         size = f"{image.width} x {image.height} pixels"
-        raise RunError(f"{model.config} cannot take a picture of {size}: {_one_line(error)}") from error
+        raise RunError(f"{model.config} cannot take an image of {size}: {one_line(error)}") from error
     sample = packed["data_samples"]
     if model.library == "mmseg":
         shrink = min(1, math.sqrt(LARGEST_LOGITS / (len(model.class_names) * image.width * image.height)))
@@ -256,7 +237,7 @@ def to_json(
     """A result in plain values: "detections" from a score on, best first, or "classes", the largest first."""
     if isinstance(result, Segmentation):
         classes = []
-        for label in present(result):
+        for label in np.argsort(-result.shares, kind="stable")[: np.count_nonzero(result.shares)]:  # those present
             share = round(float(result.shares[label]), 6)
             mask = _encode(result.label_map == label)
             classes.append(dict(index=int(label), name=class_names[label], share=share, mask=mask))
@@ -277,6 +258,72 @@ def listed(result: Detections, score_threshold: float) -> np.ndarray:
     return order[result.scores[order] >= score_threshold]
 
 
-def present(result: Segmentation) -> np.ndarray:
-    """Numbers of the classes on a picture, the largest first."""
-    return np.argsort(-result.shares, kind="stable")[: np.count_nonzero(result.shares)]
+def draw(
+    model: TrainedModel, image: Image.Image, result: Detections | Segmentation, score_threshold: float = SCORE_THRESHOLD
+) -> Image.Image:
+    """The image with boxes, names and masks from a score on, or in the colours of its classes with a legend.
+
+    Names would cover small images, so these are enlarged by a whole number.
+    """
+    if isinstance(result, Segmentation):
+        return draw_label_map(image, result.label_map, model.class_names, model.palette)
+    chosen = listed(result, score_threshold)[::-1]  # the best come last, on top
+    found = InstanceData(
+        bboxes=torch.from_numpy(result.boxes[chosen]),
+        scores=torch.from_numpy(result.scores[chosen]),
+        labels=torch.from_numpy(result.labels[chosen]),
+    )
+    if result.masks is not None:
+        masks = [run_lengths.decode(result.masks[i]) for i in chosen]
+        found.masks = torch.from_numpy(np.array(masks, dtype=bool).reshape(-1, image.height, image.width))
+    return draw_instances(image, found, model.class_names, model.palette)
+
+
+def predict_files(
+    paths: Sequence[str | Path],
+    config: str,
+    checkpoint: str,
+    *,
+    device: str = "auto",
+    score_threshold: float | None = None,
+    trust_checkpoint: bool = False,
+    drawn: Callable[[Path], Path] | None = None,
+    progress: bool = False,
+) -> tuple[list[dict[str, Any]], list[RunError]]:
+    """Open a model, and predict image by image.
+
+    Args:
+        paths: Image files.
+        config: See `open_model`; so are `checkpoint`, `device` and `trust_checkpoint`.
+        checkpoint: A file or URL.
+        device: Where to compute.
+        score_threshold: Leave out detections below; None for `SCORE_THRESHOLD`. Not for a segmentor.
+        trust_checkpoint: Read by pickle.
+        drawn: From the path of an image to that of its drawn copy.
+        progress: Show a bar.
+
+    Returns:
+        A row {"image": path, "detections" or "classes": [...]} for each image, see `to_json`, and an error for each
+        that cannot be read or predicted.
+
+    Raises:
+        RunError: the model cannot be opened, a drawn copy cannot be written, or a threshold is given to a segmentor.
+    """
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # its news would stand among the results
+    model = open_model(config, checkpoint, device, trust_checkpoint)
+    if model.library == "mmseg" and score_threshold is not None:
+        raise RunError("--score-threshold is for detection, and this is a segmentor")
+    threshold = SCORE_THRESHOLD if score_threshold is None else score_threshold
+    rows: list[dict[str, Any]] = []
+    unreadable: list[RunError] = []
+    for path in tqdm(paths, unit="image", leave=False, disable=None if progress and len(paths) > 1 else True):
+        try:
+            image = read_image(path)
+            [result] = predict(model, [image])
+        except RunError as error:
+            unreadable.append(error)
+            continue
+        rows.append({"image": str(path), **to_json(result, model.class_names, threshold)})
+        if drawn:
+            write_atomically(drawn(Path(path)), draw(model, image, result, threshold).save)
+    return rows, unreadable

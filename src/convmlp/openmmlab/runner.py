@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce_params, is_distributed, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import BaseLoop, IterBasedTrainLoop, Runner
@@ -18,33 +18,11 @@ from ..common.files import write_atomically
 from ..common.signals import StopRequest
 from ..weights import extract_state_dict, list_differences, shorten
 from .checkpoints import read_run_checkpoint
-from .survival import (
-    LateRemovalHook,
-    ResumableEpochLoop,
-    StopHook,
-    WatchHook,
-    on_main_process,
-    shield_workers,
-)
+from .hooks import AverageHook, LateRemovalHook, StopHook, WatchHook, average_statistics
+from .loops import ResumableEpochLoop, shield_workers
+from .machine import on_main_process
 
 BACKBONE = "backbone."
-
-
-class _AverageStatistics(Hook):
-    """Validates all processes with the same model."""
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        average_statistics(runner.model)
-
-
-def average_statistics(model: nn.Module) -> None:
-    """Give all processes the mean of their BatchNorm statistics, as timm's `--dist-bn reduce` does.
-
-    Each has those of the images it saw. Without this, every process would validate another model than the one saved.
-    """
-    statistics = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-    if is_distributed() and statistics:
-        all_reduce_params(statistics, op="mean")
 
 
 class CarefulRunner(Runner):
@@ -65,7 +43,7 @@ class CarefulRunner(Runner):
         self.stop_file: Path | None = None  # not one of those that CheckpointHook counts and removes
         self.validation_due = False
         super().__init__(**kwargs)
-        for hook in (_AverageStatistics(), WatchHook(), StopHook()):
+        for hook in (AverageHook(), WatchHook(), StopHook()):
             self.register_hook(hook)
 
     def register_hook(self, hook: Hook | dict, priority: str | int | None = None) -> None:
