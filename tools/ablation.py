@@ -4,8 +4,8 @@
     python tools/ablation.py [--seeds 0 1 2] [--output output/ablation] [option of classification.py ...]
 
 Each step adds one kind of convolution, in the order of the paper, and is trained with
-configs/classification/quickstart.yml once a seed. OUTPUT/ablation.md and ablation.png compare what the last epochs
-give, and OUTPUT/STEP_SEED holds the runs. A call that was interrupted continues where it was.
+configs/classification/quickstart.yml once per seed. OUTPUT/ablation.md and ablation.png compare the scores of the last
+epochs; the runs are in OUTPUT/STEP_SEED. A call that was interrupted continues where it stopped.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def train(number: int, seed: int, output: Path, options: Sequence[str]) -> float
 
 
 def run(seeds: Sequence[int], output: Path, options: Sequence[str]) -> list[Result]:
-    """All steps with all seeds, seed by seed, so that an interrupted call has compared something."""
+    """All steps with all seeds, seed by seed, so that an interrupted call has something to compare."""
     top1: list[list[float]] = [[] for _ in STEPS]
     for seed in seeds:
         for number in range(len(STEPS)):
@@ -83,7 +83,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """A row a step: a point for each seed, a line at their mean."""
+    """A row for each step: a point for each seed, a line at their mean."""
     figure = new_figure(7, 2.4)
     axis = figure.subplots()
     positions = np.arange(len(results))[::-1]

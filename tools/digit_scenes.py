@@ -1,14 +1,14 @@
-"""Make small sets of real pictures to try detection, segmentation and classification on, without a download.
+"""Make small sets of real images to try detection, segmentation and classification on, without a download.
 
     pip install scikit-learn scikit-image
     python tools/digit_scenes.py OUT
 
 Handwritten digits (scikit-learn's, 8x8 pixels) are enlarged and pasted, bright, on darkened pieces of the photographs
-that scikit-learn and scikit-image ship. 360 of the 1797 digits and three of the photographs are for validation alone.
+that scikit-learn and scikit-image ship. 360 of the 1797 digits and three of the photographs are only for validation.
 
-    OUT/detection       boxes and outlines of up to six digits a picture, COCO layout
-    OUT/segmentation    label maps of such pictures, ADE20K layout; classes.txt names the labels from 0 on
-    OUT/crops           one digit a picture, in a folder per class
+    OUT/detection       boxes and outlines of up to six digits per image, COCO layout
+    OUT/segmentation    label maps of such images, ADE20K layout; classes.txt names the labels, starting at 0
+    OUT/crops           one digit per image, in a folder per class
 
 A digit's mask is what can be seen of its filled outline: the holes of 0, 6, 8 and 9 belong to it.
 """
@@ -50,7 +50,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class Material(NamedTuple):
-    """What the pictures of a split are made of."""
+    """What the images of a split are made of."""
 
     digits: np.ndarray
     targets: np.ndarray
@@ -58,14 +58,14 @@ class Material(NamedTuple):
 
 
 def write_detection(folder: Path, train: int = 1500, val: int = 200, size: int = 128, seed: int = 0) -> None:
-    """Write pictures and their instances in COCO's layout; the category ids go from 1, "zero", to 10, "nine"."""
+    """Write images and their instances in COCO's layout; the category ids go from 1, "zero", to 10, "nine"."""
     categories = [{"id": i, "name": name, "supercategory": "digit"} for i, name in enumerate(CLASSES, 1)]
     for split, count in (("train", train), ("val", val)):
         content: dict[str, list] = {"images": [], "annotations": [], "categories": categories}
         for i in range(count):
-            picture, owners, targets = _scene("detection", split, i, seed, size, sides=(20, 56))
+            image, owners, targets = _scene("detection", split, i, seed, size, sides=(20, 56))
             name = f"{i + 1:06}.jpg"
-            _save(picture, folder / f"{split}2017" / name)
+            _save(image, folder / f"{split}2017" / name)
             content["images"].append({"id": i + 1, "file_name": name, "width": size, "height": size})
             for owner, target in enumerate(targets, 1):
                 ids = {"id": len(content["annotations"]) + 1, "image_id": i + 1, "category_id": target + 1}
@@ -76,29 +76,29 @@ def write_detection(folder: Path, train: int = 1500, val: int = 200, size: int =
 
 
 def write_segmentation(folder: Path, train: int = 1500, val: int = 200, size: int = 128, seed: int = 0) -> None:
-    """Write pictures and label maps in ADE20K's layout; label 0 is the background, 1 "zero", 10 "nine"."""
+    """Write images and label maps in ADE20K's layout; label 0 is the background, 1 "zero", 10 "nine"."""
     for split, split_folder, count in (("train", "training", train), ("val", "validation", val)):
         for i in range(count):
-            picture, owners, targets = _scene("segmentation", split, i, seed, size, sides=(32, 60))
+            image, owners, targets = _scene("segmentation", split, i, seed, size, sides=(32, 60))
             labels = np.array([0, *(target + 1 for target in targets)], dtype=np.uint8)[owners]
-            _save(picture, folder / "images" / split_folder / f"{i + 1:06}.jpg")
+            _save(image, folder / "images" / split_folder / f"{i + 1:06}.jpg")
             _save(Image.fromarray(labels), folder / "annotations" / split_folder / f"{i + 1:06}.png")
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in ("background", *CLASSES)))
 
 
 def write_crops(folder: Path, train: int = 6000, val: int = 1000, size: int = 64, seed: int = 0) -> None:
-    """Write pictures of one digit each, the ten digits in turn, into a folder per class."""
+    """Write images of one digit each, the ten digits in turn, into a folder per class."""
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
-            picture = _crop(split, i, seed, size)
-            _save(picture, folder / split / CLASSES[i % 10] / f"{i + 1:06}.jpg")
+            image = _crop(split, i, seed, size)
+            _save(image, folder / split / CLASSES[i % 10] / f"{i + 1:06}.jpg")
 
 
 PARTS = {"detection": write_detection, "segmentation": write_segmentation, "crops": write_crops}
 
 
 def _generator(seed: int, part: str, split: str, index: int) -> np.random.Generator:
-    """A picture's own random numbers, so that a smaller set is the beginning of a larger one."""
+    """An image's own random numbers, so that a smaller set is the beginning of a larger one."""
     return np.random.default_rng([seed, list(PARTS).index(part), int(split == "val"), index])
 
 
@@ -124,10 +124,10 @@ def _material(split: str) -> Material:
 def _scene(
     part: str, split: str, index: int, seed: int, size: int, sides: tuple[int, int]
 ) -> tuple[Image.Image, np.ndarray, list[int]]:
-    """A picture of digits, the number from 1 of the digit that owns each pixel (0 for none), and what they show."""
+    """An image of digits, the number from 1 of the digit that owns each pixel (0 for none), and what they show."""
     rng = _generator(seed, part, split, index)
     material = _material(split)
-    picture = _background(rng, material, size)
+    image = _background(rng, material, size)
     owners = Image.new("L", (size, size))
     boxes: list[Box] = []
     targets: list[int] = []
@@ -142,24 +142,24 @@ def _scene(
             if all(_overlap(box, other) <= MAX_OVERLAP for other in boxes):
                 boxes.append(box)
                 targets.append(int(material.targets[sample]))
-                picture.paste(_bright(rng), (x, y), alpha)
+                image.paste(_bright(rng), (x, y), alpha)
                 owners.paste(len(boxes), (x, y), mask)
                 break
-    return picture, np.asarray(owners), targets
+    return image, np.asarray(owners), targets
 
 
 def _crop(split: str, index: int, seed: int, size: int) -> Image.Image:
-    """A picture of a digit near the middle, on a background as in the scenes, half as bright, or black."""
+    """An image of a digit near the middle, on a background as in the scenes, half as bright, or black."""
     rng = _generator(seed, "crops", split, index)
     material = _material(split)
-    picture = ImageEnhance.Brightness(_background(rng, material, size)).enhance(rng.choice([1, 0.5, 0]))
+    image = ImageEnhance.Brightness(_background(rng, material, size)).enhance(rng.choice([1, 0.5, 0]))
     sample = rng.choice(np.flatnonzero(material.targets == index % 10))
     alpha = _enlarge(material.digits[sample], round(rng.uniform(24, 56) / 64 * size))
     free = size - alpha.width
-    # Up to an eighth of the picture off the middle; no more than the digit's empty frame may reach over the edge.
+    # Up to an eighth of the image off the middle; no more than the digit's empty frame may reach over the edge.
     jitter = rng.uniform(-0.5, 0.5, 2) * min(max(free, 0), size / 4)
-    picture.paste(_bright(rng), tuple(int(value) for value in free / 2 + jitter), alpha)
-    return picture
+    image.paste(_bright(rng), tuple(int(value) for value in free / 2 + jitter), alpha)
+    return image
 
 
 def _background(rng: np.random.Generator, material: Material, size: int) -> Image.Image:
@@ -206,9 +206,9 @@ def _shape(mask: np.ndarray) -> dict[str, list | int]:
     return {"bbox": [left, top, right - left, bottom - top], "area": int(mask.sum()), "segmentation": polygons}
 
 
-def _save(picture: Image.Image, path: Path) -> None:
+def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path, quality=95)
+    image.save(path, quality=95)
 
 
 def make(out: Path, settings: dict[str, dict[str, int]]) -> str:
@@ -235,7 +235,7 @@ def make(out: Path, settings: dict[str, dict[str, int]]) -> str:
         record_path.write_text(json.dumps(record, indent=2) + "\n")
         unfinished.rename(out / part)
     counts = ", ".join(f"{part} {settings[part]['train']} + {settings[part]['val']}" for part in missing)
-    return f"{out}: {counts} pictures (train + val) in {time.perf_counter() - start:.1f} s"
+    return f"{out}: {counts} images (train + val) in {time.perf_counter() - start:.1f} s"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -247,11 +247,11 @@ def main(arguments: list[str] | None = None) -> None:
         "size": (128, 64, "width and height of a scene in pixels"),
         "crops": (6000, 10, "training crops"),
         "crops-val": (1000, 10, "validation crops"),
-        "seed": (0, 0, "another seed makes other pictures"),
+        "seed": (0, 0, "another seed makes other images"),
     }
     for name, (default, _, what) in numbers.items():
         parser.add_argument(f"--{name}", metavar="N", type=int, default=default, help=f"{what} ({default})")
-    parser.add_argument("--only", choices=PARTS, action="append", help="write this part alone; may be repeated")
+    parser.add_argument("--only", choices=PARTS, action="append", help="write only this part; may be repeated")
     options = parser.parse_args(arguments)
     for name, (_, least, _) in numbers.items():
         if getattr(options, name.replace("-", "_")) < least:

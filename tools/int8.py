@@ -1,7 +1,8 @@
-"""What int8 makes of ConvMLP's speed and size on a CPU, beside convmlp.deploy.prepare: python tools/int8.py [MODEL]
+"""What int8 does to ConvMLP's speed and size on a CPU, beside convmlp.deploy.prepare: python tools/int8.py [MODEL]
 
-Needs torchao and a C++ compiler. Every form takes its turn on one core; times are of the processor, so that other work
-on the machine matters less. Three minutes. The weights are random, and so are the pictures that calibrate.
+It needs torchao and a C++ compiler and takes three minutes. Every form takes its turn on one core; the times are those
+of the processor, so that other work on the machine matters less. The weights are random, and so are the images for the
+calibration.
 """
 
 import argparse
@@ -84,7 +85,7 @@ def main() -> None:
                 start = time.process_time()
                 run(images)
                 times[name].append(time.process_time() - start)
-    print(f"{options.model}, {options.batch_size} pictures of {options.img_size} px, one core")
+    print(f"{options.model}, {options.batch_size} images of {options.img_size} px, one core")
     base = median(times["eager float32"])
     for name, (_, size) in forms.items():
         middle = median(times[name])

@@ -22,9 +22,11 @@ if [[ -z $python ]]; then
     exit 2
 fi
 
-# A step keeps its large buffers for the next one: to ask the system for them each time slows a CPU down
-# (docs/performance.md). Both are settings of glibc, in bytes.
-export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-2000000000}
+# A step's large buffers stay with the process for its next step: to get fresh pages from the system each time costs a CPU
+# more than it computes with them (docs/performance.md). Both are settings of glibc, and only together they do it: no
+# block comes from mmap, and freed memory (in bytes) is not given back. MALLOC_MMAP_THRESHOLD_ would not do: some versions
+# of glibc refuse more than 32 MiB.
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
 export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8000000000}
 
 if [[ $n == 1 && ${NNODES:-1} == 1 && ${MAX_RESTARTS:-0} == 0 ]]; then

@@ -7,10 +7,10 @@
     curves.png         learning curves of `make quickstart`, if it has run
     ablation.png       what tools/ablation.py found, if it has run
 
-For the third and fourth, both models learn on crops of ten photographs which photograph a crop is of (ten minutes on
-two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors. Those shown: cat
-(Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0), temple (danielbuechele, CC BY 2.0), flower (vultilion, CC BY
-2.0).
+For features.jpg and cam.jpg, two models learn from crops of ten photographs which photograph a crop is from (ten
+minutes on two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors. Those
+shown: cat (Stefan van der Walt, CC0), coffee (Rachel Michetti, CC0), temple (danielbuechele, CC BY 2.0), flower
+(vultilion, CC BY 2.0).
 """
 
 import argparse
@@ -18,7 +18,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import skimage
@@ -26,6 +25,7 @@ import sklearn.datasets
 import timm
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
+from peers import PEERS
 from PIL import Image
 
 from convmlp import convmlp_s
@@ -57,39 +57,25 @@ TRAINING = "--img-size 96 --crop-pct 1 --epochs 14 --warmup-epochs 2 --batch-siz
 TRAINING += "--smoothing 0 --clip-grad 1 --seed 0 --resume auto"
 
 
-class Peer(NamedTuple):
-    """A model for comparison: its timm name, its ImageNet-1k top-1 as its own paper gives it, and that paper."""
-
-    name: str
-    label: str
-    top1: float
-    paper: str
-
-
-PEERS = (
-    Peer("resnet18", "ResNet-18", 69.8, "He et al. 2016, torchvision's first weights"),
-    Peer("resnet50", "ResNet-50", 76.1, "He et al. 2016, torchvision's first weights"),
-    Peer("resnet101", "ResNet-101", 77.4, "He et al. 2016, torchvision's first weights"),
-    Peer("mixer_b16_224", "Mixer-B/16", 76.4, "Tolstikhin et al. 2021"),
-    Peer("resmlp_12_224", "ResMLP-S12", 76.6, "Touvron et al. 2021, ResMLP"),
-    Peer("resmlp_24_224", "ResMLP-S24", 79.4, "Touvron et al. 2021, ResMLP"),
-    Peer("gmlp_s16_224", "gMLP-S", 79.6, "Liu et al. 2021, Pay Attention to MLPs"),
-    Peer("deit_tiny_patch16_224", "DeiT-Ti", 72.2, "Touvron et al. 2021, DeiT"),
-    Peer("deit_small_patch16_224", "DeiT-S", 79.8, "Touvron et al. 2021, DeiT"),
-    Peer("poolformer_s12", "PoolFormer-S12", 77.2, "Yu et al. 2022"),
-)
-
-
 # Where labels would meet: offset in points, and the side that is fixed
 LABELS = {
-    "ConvMLP-S": ((-4, -13), "right"),
-    "ConvMLP-M": ((-7, 1), "right"),
-    "ConvMLP-L": ((0, 7), "center"),
-    "gMLP-S": ((-3, 5), "right"),
-    "DeiT-S": ((6, 2), "left"),
-    "PoolFormer-S12": ((7, -3), "left"),
-    "ResNet-101": ((0, 6), "center"),
+    "convmlp_s": ((-4, -13), "right"),
+    "convmlp_m": ((-7, 1), "right"),
+    "convmlp_l": ((0, 7), "center"),
 }
+COMPARED = (
+    "resnet18.tv_in1k",
+    "resnet50.tv_in1k",
+    "resnet50.a1_in1k",
+    "resnet101.tv_in1k",
+    "mixer_b16_224.goog_in21k_ft_in1k",
+    "resmlp_12_224.fb_in1k",
+    "resmlp_24_224.fb_in1k",
+    "gmlp_s16_224.ra3_in1k",
+    "deit_tiny_patch16_224.fb_in1k",
+    "deit_small_patch16_224.fb_in1k",
+    "poolformer_s12.sail_in1k",
+)
 
 
 def draw_architecture(path: Path) -> None:
@@ -165,11 +151,11 @@ def draw_accuracy(path: Path) -> None:
     """Two panels: top-1 against parameters, and against multiply-adds; both measured on timm's models at 224 px."""
     figure = new_figure(10, 4)
     panels = figure.subplots(1, 2, sharey=True)
-    ours = [(f"ConvMLP-{name[-1].upper()}", name, scores["ImageNet"]) for name, scores in PUBLISHED.items()]
+    ours = [(name, scores["ImageNet"]) for name, scores in PUBLISHED.items()]
     points = []
-    for label, name, top1 in [*ours, *((peer.label, peer.name, peer.top1) for peer in PEERS)]:
+    for name, top1 in [*ours, *((name, PEERS[name]) for name in COMPARED)]:
         cost = measure(timm.create_model(name), INPUT_SIZE)
-        points.append((label, top1, cost.parameters / 1e6, cost.macs / 1e9))
+        points.append((name, top1, cost.parameters / 1e6, cost.macs / 1e9))
     for axis, column, title in zip(panels, (2, 3), ("parameters, millions", "multiply-adds at 224 px, G"), strict=True):
         own = [(point[column], point[1]) for point in points[: len(ours)]]
         axis.plot(*zip(*own, strict=True), "o-", color="#1b4f72", zorder=3)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Kill a training run again and again, and see whether it ends as one that was left alone.
+"""Kill a training run again and again, and see whether it ends like one that was left alone.
 
     python tools/survive.py [--kills 20] [--processes 2] [--seed 0]
 
