@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convmlp.openmmlab.survival import Diverged, check_finite
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from test_model import golden_weights
@@ -35,7 +36,6 @@ import convmlp
 from convmlp.common.command import STOPPED
 from convmlp.openmmlab.checkpoints import find_checkpoints, read_run_checkpoint
 from convmlp.openmmlab.runner import CarefulRunner
-from convmlp.openmmlab.survival import Diverged, check_finite
 
 WORKERS = [f"{part}_dataloader.{key}" for part in ("train", "val") for key in ("num_workers=1", "persistent_workers=1")]
 

@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement, InstanceData, PixelData
 from PIL import Image, ImageDraw
 
-from ..common.figures import picture_font, plain
+from ..common.figures import image_font, plain
 from ..common.images import enlargement
 
 Palette = Sequence[tuple[int, ...]]
@@ -75,7 +75,7 @@ def draw_label_map(
     labels = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     shares = [f"{share:.1f} %" if share >= 0.1 else "< 0.1 %" for share in 100 * counts[labels] / label_map.size]
     texts = [f"{class_names[label]}  {share}" for label, share in zip(labels, shares, strict=True)]
-    font = picture_font(max(13, round(max(drawn.size) / 70)))
+    font = image_font(max(13, round(max(drawn.size) / 70)))
     line = round(font.size * 1.6)
     legend = round(max(map(font.getlength, texts))) + 3 * line
     sheet = Image.new("RGB", (drawn.width + legend, max(drawn.height, line * (len(texts) + 1))), "white")
