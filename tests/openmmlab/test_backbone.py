@@ -19,7 +19,7 @@ from convmlp.openmmlab import ConvMLPBackbone
 import mmdet.models  # noqa: F401
 import mmseg.models  # noqa: F401
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 STRIDES = (4, 8, 16, 32)
 
 
@@ -120,7 +120,7 @@ def test_drop_path_rate_and_in_chans_reach_the_model():
         (dict(out_indices=(0, 4)), r"from 0 to 3, got out_indices=\(0, 4\)"),
         (dict(out_indices=(2, 1)), r"increasing.*\(2, 1\)"),
         (dict(out_indices=(1, 1)), r"increasing.*\(1, 1\)"),
-        (dict(frozen_stages=5), "between -1 and 4, got frozen_stages=5"),
+        (dict(frozen_stages=5), "frozen_stages must be between -1 and 4, got frozen_stages=5"),
         (dict(frozen_stages=-2), "frozen_stages=-2"),
         (dict(init_cfg=dict(type="Kaiming")), "type='Pretrained'.*Kaiming"),
         (dict(init_cfg="file.pth"), "got init_cfg='file.pth'"),
