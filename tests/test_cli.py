@@ -98,14 +98,33 @@ def installed(folder: Path, name: str, version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
-RUN_DOCTOR = "from convmlp.cli import main\nsys.exit(main(['doctor']))"
+@pytest.fixture(scope="module")
+def unhealthy(tmp_path_factory) -> list[str]:
+    """What doctor prints where packages are missing, unfit, broken, or in each other's way."""
+    folder = tmp_path_factory.mktemp("packages")
+    installed(folder, "timm", "0.4.12")
+    installed(folder, "mmcv", "2.1.0")
+    installed(folder, "onnxscript", "0.1")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "__init__.py").write_text("raise ImportError('libfoo.so: cannot open shared object file')")
+    code = f"""
+import importlib.metadata, sys
+sys.path.insert(0, {str(folder)!r})
+version = importlib.metadata.version
+def hide(name):
+    if name == "shtab":
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+importlib.metadata.version = hide
+from convmlp.cli import main
+sys.exit(main(["doctor"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1 and "not healthy" in run.stdout, run
+    return run.stdout.splitlines()
 
 
-def doctor(*folders: Path) -> subprocess.CompletedProcess:
-    code = f"import sys; sys.path[:0] = {[str(f) for f in folders]}\n{RUN_DOCTOR}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-
-
+@pytest.mark.slow
 def test_doctor_finds_this_installation_healthy():
     run = convmlp_command("doctor")
     assert run.returncode == 0 and run.stderr == "", run.stdout + run.stderr
@@ -114,32 +133,18 @@ def test_doctor_finds_this_installation_healthy():
     assert "BROKEN" not in run.stdout and "\nhealthy: " in run.stdout
 
 
-def test_doctor_names_a_wrong_version_and_two_packages_in_each_others_way(tmp_path):
-    installed(tmp_path, "timm", "0.4.12")
-    installed(tmp_path, "mmcv", "2.1.0")
-    run = doctor(tmp_path)
-    assert run.returncode == 1 and "not healthy" in run.stdout
-    lines = {line.split()[1]: line for line in run.stdout.splitlines() if "BROKEN" in line and len(line.split()) > 3}
+def test_doctor_names_a_wrong_version_and_two_packages_in_each_others_way(unhealthy):
+    lines = {line.split()[1]: line for line in unhealthy if "BROKEN" in line and len(line.split()) > 3}
     assert "0.4.12, but >=1.0.31 is needed  ->  pip install 'timm>=1.0.31'" in lines["timm"]
     mmcv = next(line for line in lines.values() if "mmcv" in line)
     assert "bring the same modules" in mmcv and "pip uninstall -y" in mmcv
 
 
-def test_doctor_names_what_is_missing_and_what_does_not_import(tmp_path):
-    (tmp_path / "onnx").mkdir()
-    (tmp_path / "onnx" / "__init__.py").write_text("raise ImportError('libfoo.so: cannot open shared object file')")
-    installed(tmp_path, "onnxscript", "0.1")
-    hide = "import importlib.metadata as m\nv = m.version\ndef version(name):\n    if name == 'shtab':\n"
-    hide += "        raise m.PackageNotFoundError(name)\n    return v(name)\nm.version = version\n"
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{hide}{RUN_DOCTOR}"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert "missing shtab                                 ->  pip install 'shtab'".split() in [
-        line.split() for line in run.stdout.splitlines()
-    ]
-    broken = next(line for line in run.stdout.splitlines() if "BROKEN  onnx " in line)
+def test_doctor_names_what_is_missing_and_what_does_not_import(unhealthy):
+    assert "missing shtab -> pip install 'shtab'".split() in [line.split() for line in unhealthy]
+    broken = next(line for line in unhealthy if "BROKEN  onnx " in line)
     assert "libfoo.so" in broken and "pip install 'onnx>=1.17'" in broken
-    unfit = next(line for line in run.stdout.splitlines() if "onnxscript " in line)
+    unfit = next(line for line in unhealthy if "onnxscript " in line)
     assert unfit.split()[:4] == ["unfit", "onnxscript", "0.1,", "but"]  # of a part that is not installed whole
 
 

@@ -31,6 +31,11 @@ FILES = ("onnx", "torch-export", "torchscript")
 each_format = pytest.mark.parametrize("format", list(SUFFIXES))
 each_file = pytest.mark.parametrize("format", FILES)
 
+# An export to ONNX takes seconds: the quick tests of ONNX share the files of `written`
+slow_onnx = pytest.param("onnx", marks=pytest.mark.slow)
+each_new_format = pytest.mark.parametrize("format", [slow_onnx, *[name for name in SUFFIXES if name != "onnx"]])
+each_new_file = pytest.mark.parametrize("format", [slow_onnx, *FILES[1:]])
+
 
 def build(name: str = "convmlp_s", size: int = 64, **settings) -> Classifier:
     """Random weights, and statistics of BatchNorm that no initialisation gives."""
@@ -151,6 +156,7 @@ def test_free_sizes_have_names_in_onnx(written):
     assert session.get_outputs()[0].shape == ["batch", 5]
 
 
+@pytest.mark.slow
 def test_padding_follows_the_size_where_patches_replace_convolutions(tmp_path):
     classifier = build(**TINY, conv_stage=False)
     export(classifier, tmp_path / "patches.onnx", dynamic=True)
@@ -166,7 +172,7 @@ def test_without_free_sizes_other_images_are_refused(format, shape, written):
         run(images(*shape))
 
 
-@each_format
+@each_new_format
 def test_exporting_prints_and_warns_nothing(format, tiny, tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -174,6 +180,7 @@ def test_exporting_prints_and_warns_nothing(format, tiny, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_any_model_of_timm_will_do(tmp_path):
     classifier = build("resnet10t", num_classes=3)
     export(classifier, tmp_path / "resnet.onnx", fold=True)
@@ -362,7 +369,7 @@ def forget_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 
-@each_file
+@each_new_file
 def test_a_file_that_computes_something_else_is_not_written(format, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("convmlp.use.export.fold_batchnorm", forget_batchnorm)
     with pytest.raises(RunError, match="the export differs from the model by .* of the largest logit"):
@@ -435,7 +442,7 @@ def test_a_folder_is_added_to_only_when_asked(tiny, tmp_path):
         (dict(format="onxx"), "unknown format onxx; did you mean onnx?; there are onnx, torch-export"),
         (dict(format="safetensors", fold=True), "BatchNorm cannot be folded there"),
         (dict(format="torch-export", opset=20), "an opset is for onnx, not for torch-export"),
-        (dict(opset=99), "PyTorch cannot write this model in ONNX opset 99"),
+        pytest.param(dict(opset=99), "PyTorch cannot write this model in ONNX opset 99", marks=pytest.mark.slow),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(request_, message, tiny, tmp_path, capfd, caplog):
