@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import benchmark
@@ -244,33 +243,23 @@ def test_a_variant_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
 def test_an_interrupted_benchmark_writes_what_it_measured_and_leaves_no_process(number, tmp_path):
     words = "convmlp_s --modes folded --dtypes float32 --batch-sizes 1 2 --img-size 32 --threads 1 --seconds 0.05 "
     words += f"--rounds 400 --device cpu --json {tmp_path}/found.json"
-    command = [sys.executable, "-c", START, *words.split()]
-    streams = {"stdout": subprocess.PIPE, "stderr": open(tmp_path / "said", "w")}
-    parent = subprocess.Popen(command, text=True, start_new_session=True, cwd=ROOT / "tools", **streams)
-    while "round 3 of" not in (tmp_path / "said").read_text():
-        assert parent.poll() is None, (tmp_path / "said").read_text()
-        time.sleep(0.1)
+    terminal, ours = os.openpty()  # there is a progress bar on a terminal only
+    command = [sys.executable, str(ROOT / "tools/benchmark.py"), *words.split()]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=ours, text=True, start_new_session=True)
+    os.close(ours)
+    said = b""
+    while b"round 3 of" not in said:
+        said += os.read(terminal, 4096)
     children = psutil.Process(parent.pid).children(recursive=True)
     parent.send_signal(number)
     out, _ = parent.communicate(timeout=60)
     assert parent.returncode == INTERRUPTED and "interrupted: 2 of 4 variants were measured" in out
-    assert (tmp_path / "said").read_text().endswith("benchmark.py: interrupted\n")
+    assert os.read(terminal, 2**16).endswith(b"benchmark.py: interrupted\r\n")
+    os.close(terminal)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["interrupted"] and [row["mode"] for row in found["results"]] == ["eager", "folded"]
     assert all(len(row["turns_ms"]) >= 2 for row in found["results"])
-    assert psutil.wait_procs(children, timeout=30)[1] == []
-
-
-# As a script does, with a progress bar though there is no terminal
-START = """
-import signal, sys, runpy, tqdm
-bar = tqdm.tqdm
-tqdm.tqdm = lambda *args, **settings: bar(*args, **{**settings, "disable": False, "mininterval": 0})
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.argv[0] = "benchmark.py"
-sys.path.insert(0, ".")
-runpy.run_path("benchmark.py", run_name="__main__")
-"""
+    assert len(children) > 2 and psutil.wait_procs(children, timeout=30)[1] == []
 
 
 def test_an_interruption_keeps_the_rows_that_are_there(monkeypatch, capsys, tmp_path):
