@@ -1,5 +1,7 @@
 """Every recipe under docs/recipes/ runs as it stands, in an empty folder without a network, and prints what it must."""
 
+import ast
+import importlib
 import os
 import re
 import subprocess
@@ -120,6 +122,16 @@ def test_every_recipe_says_what_it_prints():
     assert {recipe.stem for recipe in RECIPES} == set(PRINTS)
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_what_the_recipe_takes_from_convmlp_is_there(recipe):
+    language, code = code_of(recipe)
+    for node in ast.walk(ast.parse(code if language == "python" else "")):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "convmlp":
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_the_recipe_runs_as_it_stands(recipe, tmp_path):
     language, code = code_of(recipe)

@@ -4,11 +4,18 @@ One model has several scores, one for each way it was trained: so a table or a f
 resnet50.a1_in1k.
 """
 
-import timm
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import timm
+from matplotlib.axes import Axes
+
+from convmlp.common.figures import plain
 from convmlp.use.info import PUBLISHED
 from convmlp.zoo import variant_of
 
+OURS, OTHERS = "#1b4f72", "#777777"  # colours
+LINE = 12  # points, from one label to the next
 IMG_SIZE = 224  # pixels, what all scores here were measured at
 
 # Top-1 in per cent on ImageNet-1k: results/results-imagenet.csv of huggingface/pytorch-image-models at aa4b5850c154,
@@ -57,3 +64,33 @@ def published(name: str) -> tuple[str, float] | None:
     config = timm.get_pretrained_cfg(name)
     weights = f"{config.architecture}.{config.tag}" if config else name
     return (weights, PEERS[weights]) if weights in PEERS else None
+
+
+class Point(NamedTuple):
+    """Where a model is in a figure."""
+
+    x: float
+    y: float
+    label: str
+    is_ours: bool
+
+
+def label_points(panel: Axes, points: Sequence[Point]) -> None:
+    """Write the labels one above the other to the right of a panel, ordered as their points are, with lines to them."""
+    low, high = panel.get_ylim()
+    step = LINE / (0.75 * 72 * panel.figure.get_figheight())  # a panel is about three quarters of a figure
+    place = -1.0
+    for point in sorted(points, key=lambda point: point.y):
+        place = max((point.y - low) / (high - low), place + step)
+        colour = OURS if point.is_ours else OTHERS
+        panel.annotate(
+            plain(point.label),
+            (point.x, point.y),
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            va="center",
+            fontsize=8,
+            color=colour,
+            weight="bold" if point.is_ours else "normal",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.5, "shrinkB": 4},
+        )

@@ -25,7 +25,7 @@ import sklearn.datasets
 import timm
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
-from peers import PEERS
+from peers import OURS, PEERS, Point, label_points
 from PIL import Image
 
 from convmlp import convmlp_s
@@ -57,12 +57,7 @@ TRAINING = "--img-size 96 --crop-pct 1 --epochs 14 --warmup-epochs 2 --batch-siz
 TRAINING += "--smoothing 0 --clip-grad 1 --seed 0 --resume auto"
 
 
-# Where labels would meet: offset in points, and the side that is fixed
-LABELS = {
-    "convmlp_s": ((-4, -13), "right"),
-    "convmlp_m": ((-7, 1), "right"),
-    "convmlp_l": ((0, 7), "center"),
-}
+# The weights in accuracy.png
 COMPARED = (
     "resnet18.tv_in1k",
     "resnet50.tv_in1k",
@@ -149,37 +144,27 @@ def _label(axis: Axes, x: float, text: str, height: float = 0.41) -> None:
 
 def draw_accuracy(path: Path) -> None:
     """Two panels: top-1 against parameters, and against multiply-adds; both measured on timm's models at 224 px."""
-    figure = new_figure(10, 4)
+    figure = new_figure(12, 5.6)
     panels = figure.subplots(1, 2, sharey=True)
-    ours = [(name, scores["ImageNet"]) for name, scores in PUBLISHED.items()]
-    points = []
-    for name, top1 in [*ours, *((name, PEERS[name]) for name in COMPARED)]:
-        cost = measure(timm.create_model(name), INPUT_SIZE)
-        points.append((name, top1, cost.parameters / 1e6, cost.macs / 1e9))
-    for axis, column, title in zip(panels, (2, 3), ("parameters, millions", "multiply-adds at 224 px, G"), strict=True):
-        own = [(point[column], point[1]) for point in points[: len(ours)]]
-        axis.plot(*zip(*own, strict=True), "o-", color="#1b4f72", zorder=3)
-        for i, point in enumerate(points):
-            is_ours = i < len(ours)
-            if not is_ours:
-                axis.plot(point[column], point[1], "o", color="#999999", markersize=5)
-            (x, y), side = LABELS.get(point[0], ((0, -12), "center"))
-            axis.annotate(
-                point[0],
-                (point[column], point[1]),
-                xytext=(x, y),
-                textcoords="offset points",
-                ha=side,
-                fontsize=8,
-                color="#1b4f72" if is_ours else "#555555",
-                weight="bold" if is_ours else "normal",
-            )
-        axis.set(xlabel=title, xscale="log")
-        ticks = [1, 2, 4, 8, 16] if column == 3 else [5, 10, 20, 40, 80]
-        axis.set_xticks(ticks, map(str, ticks))
-        axis.minorticks_off()
-        axis.margins(0.12)
-        axis.grid(alpha=0.3)
+    scores = {**{name: of["ImageNet"] for name, of in PUBLISHED.items()}, **{name: PEERS[name] for name in COMPARED}}
+    costs = {name: measure(timm.create_model(name), INPUT_SIZE) for name in scores}
+    parameters = {name: cost.parameters / 1e6 for name, cost in costs.items()}
+    multiply_adds = {name: cost.macs / 1e9 for name, cost in costs.items()}
+    quantities = (
+        ("parameters, millions", parameters, [5, 10, 20, 40, 80]),
+        ("multiply-adds at 224 px, G", multiply_adds, [1, 2, 4, 8, 16]),
+    )
+    for panel, (title, sizes, ticks) in zip(panels, quantities, strict=True):
+        panel.plot(
+            [sizes[name] for name in PUBLISHED], [scores[name] for name in PUBLISHED], "o-", color=OURS, zorder=3
+        )
+        panel.plot([sizes[name] for name in COMPARED], [scores[name] for name in COMPARED], "o", color="#999999", ms=5)
+        panel.set(xlabel=title, xscale="log")
+        panel.set_xticks(ticks, map(str, ticks))
+        panel.minorticks_off()
+        panel.margins(0.12)
+        panel.grid(alpha=0.3)
+        label_points(panel, [Point(sizes[name], scores[name], name, name in PUBLISHED) for name in scores])
     panels[0].set_ylabel("ImageNet-1k top-1, %, as published")
     save_figure(figure, path)
 

@@ -14,7 +14,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from peers import IMG_SIZE, published
+from peers import IMG_SIZE, OTHERS, OURS, Point, label_points, published
 from rich import box
 from rich.markup import escape
 from rich.table import Table
@@ -31,7 +31,6 @@ COLUMNS = ["model", "mode", "dtype", "batch", "images/s", "spread", "ms/batch", 
 SLOW_TO_PREPARE = 10  # seconds that are worth a word
 BUSY = 0.3  # of the cores, by programs that were there before
 FAR_OFF = 0.1  # of the largest logit
-OURS, OTHERS = "#1b4f72", "#777777"
 SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 
 Row = dict[str, Any]
@@ -268,7 +267,7 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
     """
     rows = [row for row in rows if row["top1"] is not None and "images_per_s" in row]
     sizes = sorted({row["batch_size"] for row in rows})
-    figure = new_figure(7 * max(1, len(sizes)), 5.6)
+    figure = new_figure(9 * max(1, len(sizes)), 5.6)
     figure.suptitle(f"{plain(title)}\nopen: eager float32; filled: the fastest mode", fontsize=9)
     if not rows:
         return figure
@@ -283,36 +282,23 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _draw_panel(panel: Axes, rows: Sequence[Row]) -> None:
-    """Labels of neighbours in accuracy stand on different sides of their lines, so that they do not meet."""
-    lines = []
+    points = []
     for model in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == model]
         best = max(own, key=lambda row: row["images_per_s"])
         eager = [row for row in own if (row["mode"], row["dtype"]) == BASE]
-        lines.append((best["top1"], eager, best))
-    for i, (top1, eager, best) in enumerate(sorted(lines, key=lambda line: line[0])):
-        ours = variant_of(best["model"]) is not None
-        colour = OURS if ours else OTHERS
+        is_ours, top1 = variant_of(model) is not None, best["top1"]
+        colour = OURS if is_ours else OTHERS
         speeds = [row["images_per_s"] for row in (*eager, best)]
         panel.plot(speeds, [top1] * len(speeds), "-", color=colour, linewidth=1.2, zorder=2)
         for speed, fill in zip(speeds, ("white", colour) if eager else (colour,), strict=True):
             panel.plot(speed, top1, "o", markersize=6, markerfacecolor=fill, markeredgecolor=colour, zorder=3)
         how = f" ({best['mode']} {SHORT[best['dtype']]})" if eager != [best] else ""
-        right = i % 2
-        panel.annotate(
-            plain(best["weights"] + how),
-            (speeds[-1] if right else speeds[0], top1),
-            xytext=(7 if right else -7, 0),
-            textcoords="offset points",
-            ha="left" if right else "right",
-            va="center",
-            fontsize=8,
-            color=colour,
-            weight="bold" if ours else "normal",
-        )
+        points.append(Point(speeds[-1], top1, best["weights"] + how, is_ours))
     panel.set_xscale("log")
     panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.margins(x=0.4, y=0.08)
+    panel.margins(x=0.1, y=0.08)
     panel.grid(alpha=0.3)
+    label_points(panel, points)
