@@ -18,6 +18,14 @@ from convmlp import ConvMLP
 from convmlp.zoo import VARIANTS
 
 
+@pytest.fixture(scope="session", autouse=True)
+def plain_configs() -> Iterator[None]:
+    """Nine tenths of a small run would be yapf, which lays out the config for the log and for every checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **style: (text, True))
+        yield
+
+
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """detection/ and segmentation/, of 12 training and 3 validation images each, and the weights tiny.pth."""
