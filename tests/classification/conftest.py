@@ -1,5 +1,6 @@
 """Runs of classification.py on folders of real digits, with a ConvMLP of a few thousand weights."""
 
+import contextlib
 import io
 import logging
 import os
@@ -34,16 +35,17 @@ class Result(NamedTuple):
 
 
 def call_main(*arguments: object) -> tuple[int, str]:
-    """classification.py in this process: the exit code, and all that it says."""
-    said = io.StringIO()
-    handler, logger, stderr = logging.StreamHandler(said), logging.getLogger("convmlp"), sys.stderr
+    """classification.py in this process: the exit code, and all that it logs or writes to standard error."""
+    said, error = io.StringIO(), io.StringIO()
+    handler, logger = logging.StreamHandler(said), logging.getLogger("convmlp")
     logger.addHandler(handler)
-    sys.stderr = said
     try:
-        return main([str(argument) for argument in arguments]), said.getvalue()
+        with contextlib.redirect_stderr(error):
+            code = main([str(argument) for argument in arguments])
     finally:
-        sys.stderr = stderr
         logger.removeHandler(handler)
+        sys.stderr.write(error.getvalue())  # for capsys
+    return code, said.getvalue() + error.getvalue()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,53 @@
+"""Evaluation: what is counted, and which images are kept to be shown."""
+
+import numpy as np
+import torch
+
+from convmlp.classification.evaluation import N_SHOWN, Predictions
+
+
+def predictions_of(answers, num_classes, batch_size=16):
+    """The predictions of images whose pixels are their numbers, from (target, predicted, how sure)."""
+    predictions = Predictions(num_classes, len(answers))
+    for start in range(0, len(answers), batch_size):
+        batch = answers[start : start + batch_size]
+        logits = torch.zeros(len(batch), num_classes)
+        for row, (_, predicted, sure) in zip(logits, batch, strict=True):
+            row[predicted] = sure
+        images = torch.arange(start, start + len(batch)).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+        predictions.update(images, logits, torch.tensor([target for target, _, _ in batch]))
+    return predictions
+
+
+def numbers(kept):
+    return [int(each.image[0, 0, 0]) for each in kept]
+
+
+def test_every_prediction_is_counted_once():
+    predictions = predictions_of([(0, 0, 1.0)] * 30 + [(1, 0, 1.0)] * 9 + [(1, 1, 1.0)], 2)
+    assert np.array_equal(predictions.confusion, [[30, 0], [9, 1]])
+
+
+def test_mistakes_of_every_class_are_shown_the_surest_first():
+    """In the order of the files the first hundred mistakes are all of class 0."""
+    answers = [(0, 1, 1 + i / 100) for i in range(100)] + [(c, 0, 2.0) for c in range(1, 8)] + [(8, 8, 1.0)] * 100
+    shown = predictions_of(answers, 9).mistakes
+    assert len(shown) == N_SHOWN and {each.target for each in shown} == set(range(8))
+    probabilities = [each.probability for each in shown]
+    assert probabilities == sorted(probabilities, reverse=True)
+    assert sorted(numbers(each for each in shown if each.target == 0)) == list(range(87, 100))  # the surest of them
+
+
+def test_mistakes_of_one_class_alone_are_all_shown():
+    shown = predictions_of([(0, 1, 1.0)] * 5 + [(1, 1, 1.0)] * 5, 2).mistakes
+    assert numbers(shown) == [0, 1, 2, 3, 4]
+
+
+def test_right_answers_are_spread_over_the_images():
+    shown = numbers(predictions_of([(0, 0, 1.0)] * 400, 2).right)
+    assert shown == list(range(0, 400, 400 // N_SHOWN))
+
+
+def test_kept_images_do_not_hold_their_batches():
+    kept = predictions_of([(0, 1, 1.0)] * 4, 2, batch_size=4).mistakes
+    assert all(each.image.untyped_storage().nbytes() == each.image.nbytes for each in kept)

@@ -1,0 +1,106 @@
+"""Models of a run: their starting weights, their teachers, their arguments."""
+
+import csv
+
+import pytest
+import torch
+
+from convmlp import ConvMLP, convmlp_s
+
+from .conftest import ROOT
+
+KWARGS = dict(blocks=(1, 1, 1), dims=(8, 16, 32), mlp_ratios=(1, 1, 1), channels=8, n_conv_blocks=1, final_norm=True)
+STILL = ["--epochs", "1", "--lr", "0", "--min-lr", "0", "--warmup-lr", "0"]
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def rows_of(folder):
+    with open(folder / "summary.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_weights_from_a_file_keep_everything_but_a_head_of_other_classes(run, tmp_path):
+    torch.manual_seed(1)
+    source = ConvMLP(**KWARGS, num_classes=7)
+    torch.save({"state_dict": source.state_dict()}, tmp_path / "seven.pth")
+    code, said, folder = run("--initial-checkpoint", str(tmp_path / "seven.pth"), *STILL)
+    assert code == 0 and "has 7 classes, the data 3: the head starts afresh" in said
+    weights = read(folder / "last.pth")["state_dict"]
+    name = "stages.1.blocks.0.channel_mlp1.fc1.weight"
+    torch.testing.assert_close(weights[name], source.state_dict()[name])
+    assert weights["head.weight"].shape == (3, 32)
+
+
+def test_a_head_of_other_classes_is_not_kept_for_their_number(run, trained, make_pictures):
+    arguments = ["--initial-checkpoint", str(trained.folder / "best.pth"), *STILL]
+    code, said, same = run(*arguments, experiment="same")
+    assert code == 0 and "starts afresh" not in said
+    others = make_pictures("others", classes=(4, 5, 6))
+    code, said, new = run(*arguments, experiment="new", data=others)
+    assert code == 0 and "knows other classes (digit0, digit1, digit2, ...) than the data has" in said
+    heads = [read(f / "last.pth")["state_dict"]["head.weight"] for f in (same, new)]
+    original = read(trained.folder / "best.pth")["state_dict"]["head.weight"]
+    torch.testing.assert_close(heads[0], original)
+    assert not torch.allclose(heads[1], original)
+
+
+def test_a_fine_tuning_config_starts_from_the_published_weights_in_the_cache(run, tmp_path, monkeypatch):
+    cache = tmp_path / "torch" / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    source = convmlp_s()
+    torch.save(source.state_dict(), cache / "convmlp_s_imagenet.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    config = ROOT / "configs" / "classification" / "finetuned" / "convmlp_s_flowers102.yml"
+    arguments = ["-c", str(config), "--dataset", "", "--num-classes", "3", "--cooldown-epochs", "0"]
+    code, said, folder = run(*arguments, *STILL, model=[])
+    assert code == 0, said
+    name = "stages.0.blocks.0.connect.weight"
+    torch.testing.assert_close(read(folder / "best.pth")["state_dict"][name], source.state_dict()[name])
+
+
+def test_a_teacher_is_distilled_from(run, tmp_path):
+    torch.manual_seed(0)
+    checkpoint = str(tmp_path / "teacher.pth")
+    torch.save(convmlp_s(num_classes=3).state_dict(), checkpoint)
+    losses = {}
+    for weight in ("0", "100"):
+        arguments = ["--kd-model", "convmlp_s", "--kd-checkpoint", checkpoint, "--kd-weight", weight, *STILL]
+        code, said, folder = run(*arguments, experiment=f"kd{weight}")
+        assert code == 0, said
+        losses[weight] = float(rows_of(folder)[0]["train_loss"])
+    assert losses["100"] > losses["0"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--layer-decay", "0.8"],
+        ["--grad-checkpointing", "--no-channels-last", "--opt", "lamb", "--sched", "step"],
+        ["--in-chans", "1", "--opt", "sgd", "--clip-grad", "0.02", "--clip-mode", "agc", "--gp", "max"],
+        ["--crop-mode", "squash", "--drop-path", "0", "--eval-metric", "loss", "--opt-betas", "0.8", "0.9"],
+        ["--model", "test_resnet", "--model-ema", "--model-ema-warmup", "--smoothing", "0"],
+    ],
+)
+def test_options_reach_a_run_that_learns_something(run, arguments):
+    code, said, folder = run(*arguments, **({"model": []} if "--model" in arguments else {}))
+    assert code == 0, said
+    rows = rows_of(folder)
+    assert len(rows) == 2 and float(rows[1]["train_loss"]) != float(rows[0]["train_loss"])
+
+
+def test_arguments_of_the_model_are_kept_with_it(run):
+    from .conftest import TINY
+
+    switches = [*TINY[:-1], "conv_stage=False,conv_downsample=False,spatial_connect=False"]
+    code, said, folder = run("--epochs", "1", model=switches)
+    assert code == 0, said
+    best = read(folder / "best.pth")
+    assert best["args"]["model_kwargs"]["spatial_connect"] is False
+    assert "tokenizer.projection.weight" in best["state_dict"]
+    top1 = float(rows_of(folder)[0]["eval_top1"])
+    code, said, _ = run("--eval", str(folder / "best.pth"), model=[])
+    assert code == 0 and f"top-1 {top1:.2f} %" in said
+    assert run("--resume", "auto", model=switches).code == 0 and len(rows_of(folder)) == 2
