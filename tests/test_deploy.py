@@ -1,5 +1,6 @@
 """Models made ready for inference."""
 
+import importlib.util
 import logging
 import shutil
 
@@ -9,6 +10,8 @@ from torch import nn
 
 import convmlp
 from convmlp.deploy import Prepared, fold_batchnorm, prepare
+
+eager_and_inductor = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
 def randomize_batchnorm(model: nn.Module) -> nn.Module:
@@ -48,7 +51,7 @@ def assert_runs_without_eager(prepared: Prepared, x: torch.Tensor) -> None:
     prepared.network = network
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@eager_and_inductor
 @pytest.mark.parametrize("name", ["convmlp_s", "convmlp_m", "convmlp_l"])
 @torch.no_grad()
 def test_float32_differs_by_rounding_alone(name, backend):
@@ -60,7 +63,7 @@ def test_float32_differs_by_rounding_alone(name, backend):
     assert distance(prepared(x), model(x)) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@eager_and_inductor
 @torch.no_grad()
 def test_bfloat16_differs_by_its_rounding_and_names_the_same_classes(backend):
     torch.manual_seed(0)
@@ -93,17 +96,19 @@ def test_openvino_computes_in_bfloat16_where_the_processor_has_it():
     assert 1e-4 < distance(prepared(x), model(x)) < 3e-2
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Prepared:
+@pytest.fixture(scope="module", params=["onnxruntime", pytest.param("auto", marks=pytest.mark.slow)])
+def compiled(request) -> Prepared:
     """For two images of 64x64."""
-    prepared = prepare(small(), example_input=images(2, 3, 64, 64))
-    assert prepared.backend == "inductor"
+    prepared = prepare(small(), example_input=images(2, 3, 64, 64), backend=request.param)
+    assert prepared.backend == {"auto": "inductor"}.get(request.param, request.param)
     return prepared
 
 
 @torch.no_grad()
 def test_images_of_the_shape_of_the_example_run_compiled(compiled):
-    assert_runs_without_eager(compiled, images(2, 3, 64, 64))
+    x = images(2, 3, 64, 64)
+    assert_runs_without_eager(compiled, x)
+    assert distance(compiled(x), small()(x)) < 1e-5
 
 
 def test_the_copy_is_folded_channels_last_and_of_the_wanted_type():
@@ -157,25 +162,27 @@ def test_what_is_prepared_stays_in_evaluation():
     assert prepared.eval() is prepared
 
 
+@eager_and_inductor
 @torch.no_grad()
-def test_several_outputs_come_in_the_order_of_the_model():
+def test_several_outputs_come_in_the_order_of_the_model(backend):
     timm = pytest.importorskip("timm")
     import convmlp.timm_models  # noqa: F401
 
     model = randomize_batchnorm(timm.create_model("convmlp_s", features_only=True, out_indices=(0, 1)))
     x = images(1, 3, 64, 64)
-    for prepared in (prepare(model), prepare(model, example_input=x)):
-        maps, expected = prepared(x), model(x)
-        assert isinstance(maps, list) and len(maps) == len(expected) == 2
-        assert all(distance(left, right) < 1e-5 for left, right in zip(maps, expected, strict=True))
+    example = {} if backend == "eager" else dict(example_input=x)
+    maps, expected = prepare(model, backend=backend, **example)(x), model(x)
+    assert isinstance(maps, list) and len(maps) == len(expected) == 2
+    assert all(distance(left, right) < 1e-5 for left, right in zip(maps, expected, strict=True))
 
 
+@eager_and_inductor
 @torch.no_grad()
-def test_models_of_others_are_prepared_too():
+def test_models_of_others_are_prepared_too(backend):
     timm = pytest.importorskip("timm")
     model = randomize_batchnorm(timm.create_model("resnet18", num_classes=4))
     x = images(2, 3, 64, 64)
-    assert distance(prepare(model, example_input=x)(x), model(x)) < 1e-5
+    assert distance(prepare(model, example_input=x, backend=backend)(x), model(x)) < 1e-5
 
 
 def test_without_an_example_nothing_is_compiled():
@@ -213,6 +220,18 @@ def test_a_model_that_cannot_be_compiled_runs_uncompiled(caplog):
     assert torch.equal(prepared(x), model(x))
     with pytest.raises(RuntimeError, match="the back end inductor fails on this model: "):
         prepare(model, example_input=x, backend="inductor")
+
+
+@pytest.mark.parametrize(
+    ("backend", "packages"),
+    [("openvino", ["openvino"]), ("onnxruntime", ["onnxruntime", "onnx"]), ("onnxruntime", ["onnxscript"])],
+)
+def test_a_back_end_that_is_not_installed_is_a_runtime_error_with_the_pip_line(backend, packages, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in packages else found(name))
+    message = f"the back end {backend} needs a missing package: pip install {' '.join(packages)}$"
+    with pytest.raises(RuntimeError, match=message):
+        prepare(small(), example_input=images(1, 3, 32, 32), backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
 from convmlp import ConvMLP
 from convmlp.deploy import fold_batchnorm
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = [Int8WeightOnlyConfig(), Int8DynamicActivationInt8WeightConfig()]
 
 

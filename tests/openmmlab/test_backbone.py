@@ -62,6 +62,15 @@ def test_out_indices_choose_maps():
         assert torch.equal(actual, expected)
 
 
+def test_output_stride_keeps_the_later_maps_large():
+    with torch.device("meta"):
+        backbone = ConvMLPBackbone(output_stride=8)
+        maps = backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape[2:]) for m in maps] == [(16, 24), (8, 12), (8, 12), (8, 12)]
+    with pytest.raises(ValueError, match="output_stride must be one of 8, 16, 32, got 4"):
+        ConvMLPBackbone(output_stride=4)
+
+
 def test_what_lies_deeper_than_the_last_map_is_not_trained():
     backbone = ConvMLPBackbone(out_indices=(0, 2))
     sum(m.sum() for m in backbone(torch.randn(2, 3, 32, 32))).backward()
@@ -139,9 +148,13 @@ def test_an_unknown_argument_is_an_error():
 # Weights
 
 
+@pytest.fixture(scope="module")
+def weights() -> dict[str, torch.Tensor]:
+    return golden_weights(convmlp.convmlp_s()).state_dict()
+
+
 @pytest.fixture
-def classifier(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
-    weights = golden_weights(convmlp.convmlp_s()).state_dict()
+def classifier(tmp_path, weights) -> tuple[Path, dict[str, torch.Tensor]]:
     torch.save(weights, tmp_path / "convmlp_s_imagenet.pth")
     return tmp_path / "convmlp_s_imagenet.pth", weights
 
