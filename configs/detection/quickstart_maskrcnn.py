@@ -1,5 +1,5 @@
 # Mask R-CNN outlines handwritten digits on photographs, in minutes on two cores: make quickstart-detection
-# The published config with narrower heads, small pictures and a short schedule; expect box and mask AP50 above 0.9.
+# The published config with narrower heads, small images and a short schedule; expect box and mask AP50 above 0.9.
 _base_ = "maskrcnn_convmlp_s_fpn_1x_coco.py"
 
 model = dict(

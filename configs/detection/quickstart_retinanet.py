@@ -1,5 +1,5 @@
 # RetinaNet finds handwritten digits on photographs, in minutes on two cores: make quickstart-detection
-# The published config with narrower heads, small pictures and a short schedule; expect a box AP50 of about 0.92.
+# The published config with narrower heads, small images and a short schedule; expect a box AP50 of about 0.92.
 _base_ = "retinanet_convmlp_s_fpn_1x_coco.py"
 
 model = dict(

@@ -1,5 +1,5 @@
 # Semantic FPN labels the pixels of digits on photographs, in minutes on two cores: make quickstart-segmentation
-# The published config with narrower heads, small pictures and a short schedule; expect a mIoU of about 83.
+# The published config with narrower heads, small images and a short schedule; expect a mIoU of about 83.
 _base_ = "fpn_convmlp_s_512x512_40k_ade20k.py"
 
 model = dict(
