@@ -10,17 +10,22 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from small_runs import (
+    CONFIGS,
     FPN,
+    LOADERS,
     MASKRCNN,
     QUICK,
     RETINANET,
+    TINY_MASKS,
     logged,
     own_config,
     quick_detection,
     quick_segmentation,
     run,
+    same_test,
 )
 
+import convmlp
 from convmlp.cli import run_openmmlab
 from convmlp.openmmlab.checkpoints import read_run_checkpoint
 
@@ -28,6 +33,51 @@ from convmlp.openmmlab.checkpoints import read_run_checkpoint
 @pytest.fixture
 def boxes(scenes) -> Path:
     return scenes / "detection"
+
+
+SHAPES = [
+    "train_dataloader.dataset.pipeline.2.scale=(128,64)",
+    "train_dataloader.dataset.pipeline.3.crop_size=(64,64)",
+    "model.data_preprocessor.size=(64,64)",
+    "val_dataloader.dataset.pipeline.1.scale=(128,64)",
+    *("train_cfg.max_iters=2", "train_cfg.val_interval=2", "default_hooks.checkpoint.interval=2"),
+]
+RECIPE_OPTIONS = {
+    "retinanet": ["model.test_cfg.score_thr=0.0"],
+    "maskrcnn": [option for option in TINY_MASKS if "per_img" in option or "sampler" in option],
+    "fpn": SHAPES,
+}
+DETECTION_SIZES = ["train_dataloader.dataset.pipeline.2", "val_dataloader.dataset.pipeline.1"]
+RECIPES = [path.relative_to(CONFIGS) for path in sorted(CONFIGS.glob("*/*_convmlp_[sml]_*.py"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_trains_and_evaluates(config, scenes, tmp_path, monkeypatch):
+    head, arch = config.stem.partition("_")[0], "_".join(config.stem.split("_")[1:3])
+    cache = tmp_path / "hub/checkpoints"
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    torch.manual_seed(0)
+    start = getattr(convmlp, arch)().state_dict()
+    torch.save(start, cache / f"{arch}_imagenet.pth")
+    options = [*LOADERS, "default_hooks.logger.interval=1", *RECIPE_OPTIONS[head]]
+    if head != "fpn":
+        options += [f"{part}.scale=(64,64)" for part in DETECTION_SIZES] + ["train_cfg.max_epochs=1"]
+    data = scenes / config.parent
+    assert run(config, data, "--work-dir", "run", "--cfg-options", *same_test(options)) == 0
+
+    log = logged("run")
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses) == (2 if head == "fpn" else 6) and all(0 < loss < 1e4 for loss in losses)
+    assert 0 <= log[-1]["mIoU" if head == "fpn" else "coco/bbox_mAP"] <= 100
+    if head == "maskrcnn":
+        assert {"loss_mask", "loss_rpn_cls"} <= log[0].keys()
+    trained = read_run_checkpoint(next(Path("run").glob("*_[0-9].pth")))["state_dict"]
+    for key in ("tokenizer.block.0.weight", "stages.2.blocks.0.channel_mlp1.fc1.weight"):
+        assert trained[f"backbone.{key}"].shape == start[key].shape
+        assert not torch.equal(trained[f"backbone.{key}"], start[key])
+        torch.testing.assert_close(trained[f"backbone.{key}"], start[key], rtol=0, atol=1e-2)  # it started there
 
 
 def test_own_classes_size_the_heads_and_are_kept(finished):

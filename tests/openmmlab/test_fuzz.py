@@ -18,10 +18,9 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from convmlp.common.errors import RunError
-from convmlp.openmmlab import coco, labelmaps
-from convmlp.openmmlab.datasets import Request, replace_root
+from convmlp.openmmlab.datasets import Request, adapt_to_data, replace_root
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RETINANET = ROOT / "configs/detection/retinanet_convmlp_s_fpn_1x_coco.py"
 MASKRCNN = ROOT / "configs/detection/maskrcnn_convmlp_s_fpn_1x_coco.py"
 FPN = ROOT / "configs/segmentation/fpn_convmlp_s_512x512_40k_ade20k.py"
@@ -156,7 +155,7 @@ def change(file: Path, edits: list[tuple[str, int, str, Any]], whole: tuple[str,
 def check_detection(configs: dict[Path, Config], path: Path, data: Path) -> None:
     cfg = configs[path].copy()
     replace_root(cfg, str(data))
-    error = attempt(f"coco, {path.stem.partition('_')[0]}", lambda: coco.prepare(cfg, Request(check="all")))
+    error = attempt(f"coco, {path.stem.partition('_')[0]}", lambda: adapt_to_data(cfg, Request(check="all")))
     if isinstance(error, RunError):
         assert "\n" in str(error) or str(data) in str(error) or "categor" in str(error), error
     else:
@@ -188,9 +187,10 @@ def test_nasty_annotations_are_refused(originals, configs, edit):
         cfg = configs[MASKRCNN].copy()
         replace_root(cfg, str(data))
         with pytest.raises(RunError):
-            coco.prepare(cfg, Request(check="all"))
+            adapt_to_data(cfg, Request(check="all"))
 
 
+@pytest.mark.slow
 @tries(60, 1200)
 @given(
     st.sampled_from([RETINANET, MASKRCNN, MASKRCNN]),
@@ -205,6 +205,7 @@ def test_annotations_load_or_are_refused(originals, configs, path, edits, whole,
         check_detection(configs, path, data)
 
 
+@pytest.mark.slow
 @tries(30, 600)
 @given(st.one_of(damages, st.binary(max_size=40)), st.sampled_from(["annotations", "picture"]))
 def test_damaged_files_of_detection_load_or_are_refused(originals, configs, how, target):
@@ -271,6 +272,7 @@ def change_picture(file: Path, edits: list[tuple[str, Any]]) -> None:
                 file.symlink_to(how)
 
 
+@pytest.mark.slow
 @tries(60, 1500)
 @given(
     st.sampled_from(["annotations/training/000001.png", "annotations/validation/000002.png"]),
@@ -291,7 +293,7 @@ def test_label_maps_load_or_are_refused(originals, configs, name, edits, image_e
         cfg = configs[FPN].copy()
         replace_root(cfg, str(data))
         request = Request(check="all", reduce_zero_label=reduce_zero_label)
-        error = attempt("label maps", lambda: labelmaps.prepare(cfg, request))
+        error = attempt("label maps", lambda: adapt_to_data(cfg, request))
         if isinstance(error, RunError):
             assert str(data) in str(error) or "classes" in str(error), error
         else:

@@ -10,25 +10,23 @@ import torch
 from digit_scenes import write_detection, write_segmentation
 from mmengine import __version__ as mmengine_version
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.optim import OptimWrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import PixelData
 from packaging.version import Version
 
-from convmlp.openmmlab import coco, labelmaps, ops
-from convmlp.openmmlab.engine import main
+from convmlp.cli import run_openmmlab
+from convmlp.openmmlab import ops
 
 # isort: split
 # Only now can these be imported
 import mmdet
 import mmseg
 from mmdet.testing import demo_mm_inputs
-from mmdet.visualization import DetLocalVisualizer
 from mmseg.structures import SegDataSample
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WIDTHS = [64, 128, 256, 512]
 FEW_PROPOSALS = {
     "model.train_cfg.rpn_proposal.max_per_img": 20,
@@ -91,7 +89,9 @@ def check_a_step(model: BaseModel, batch: dict[str, list]) -> None:
     assert unmoved == []
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(DETECTORS)]
+)
 def test_a_detector_of_mmdet_trains_and_finds(name):
     changes, parameters = DETECTORS[name]
     file = Path(mmdet.__file__).parent / f".mim/configs/{name}.py"
@@ -109,7 +109,9 @@ def test_a_detector_of_mmdet_trains_and_finds(name):
     assert ("masks" in found) == masks
 
 
-@pytest.mark.parametrize("name", SEGMENTORS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if i else []) for i, name in enumerate(SEGMENTORS)]
+)
 def test_a_segmentor_of_mmseg_trains_and_labels(name):
     changes, parameters = SEGMENTORS[name]
     file = Path(mmseg.__file__).parent / f".mim/configs/_base_/models/{name}.py"
@@ -137,14 +139,6 @@ def test_output_stride_of_the_backbone_keeps_maps_large(output_stride, strides):
 
 
 # By the scripts, as a user would
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch) -> Path:
-    for singleton in (MMLogger, DetLocalVisualizer):  # or they keep on writing to the files of an earlier test
-        singleton._instance_dict.clear()
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:
@@ -178,7 +172,7 @@ def detect(workplace: Path, base: str, heads: str) -> int:
     loaders = [f"{part}_dataloader.{key}" for part in ("train", "val") for key in single]
     sizes = ["train_dataloader.dataset.pipeline.2.scale=(64,64)", "val_dataloader.dataset.pipeline.1.scale=(64,64)"]
     options = ["--cfg-options", "train_cfg.max_epochs=1", *loaders, *sizes]
-    return main("detection.py", coco.prepare, ["own.py", "scenes", "--skip-data-check", *options])
+    return run_openmmlab("detection.py", ["own.py", "scenes", "--skip-data-check", *options])
 
 
 needs_bases = pytest.mark.skipif(
@@ -187,6 +181,7 @@ needs_bases = pytest.mark.skipif(
 
 
 @needs_bases
+@pytest.mark.slow
 def test_a_config_based_on_mmdets_own_trains_by_the_script(workplace):
     assert detect(workplace, "faster_rcnn/faster-rcnn_r50_fpn", FASTER_RCNN) == 0
     log = logged(workplace / "output/own")
@@ -227,11 +222,12 @@ default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2))
 """
 
 
+@pytest.mark.slow
 def test_a_config_based_on_ours_with_another_decoder_trains_by_the_script(workplace):
     write_segmentation(workplace / "scenes", train=4, val=2, size=64, seed=0)
     base = ROOT / "configs/segmentation/fpn_convmlp_s_512x512_40k_ade20k.py"
     (workplace / "own.py").write_text(SEGMENTATION_CONFIG.format(base=base))
-    assert main("segmentation.py", labelmaps.prepare, ["own.py", "scenes", "--skip-data-check"]) == 0
+    assert run_openmmlab("segmentation.py", ["own.py", "scenes", "--skip-data-check"]) == 0
 
     log = logged(workplace / "output/own")
     losses = [entry["loss"] for entry in log if "loss" in entry]

@@ -266,7 +266,7 @@ def _is_polygon(points: Any, side: int) -> bool:
         return False
     try:  # a large data set has fifty million of them
         return math.isfinite(sum(points)) and -side <= min(points) and max(points) <= 2 * side
-    except TypeError:  # one is no number
+    except TypeError:  # one is not a number
         return False
 
 

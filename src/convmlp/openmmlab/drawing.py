@@ -92,7 +92,10 @@ def _draw(visualizer: Any, image: Image.Image, sample: BaseDataElement, **settin
     """An image and what is in a sample, enlarged by a whole number if names would cover it."""
     factor = enlargement(*image.size)
     large = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
+    random = np.random.get_state()
+    np.random.seed(0)  # mmdet varies the colours of masks
     visualizer.add_datasample("", np.asarray(large), enlarge(sample.cpu(), factor), **settings)
+    np.random.set_state(random)
     return Image.fromarray(visualizer.get_image())
 
 
