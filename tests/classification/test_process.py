@@ -1,9 +1,7 @@
 """Several processes of a run: they train and evaluate like one, and stop together."""
 
-import os
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
@@ -116,14 +114,3 @@ def test_a_dead_process_ends_the_others_with_a_word_and_a_restart_goes_on(start,
 def test_the_script_refuses_a_wrong_number_of_processes():
     result = subprocess.run([ROOT / "dist_classification.sh", "all"], capture_output=True, text=True)
     assert result.returncode == 2 and "got 'all' as the number" in result.stderr
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-def test_the_dist_scripts_let_a_step_keep_its_buffers(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/bin/sh\n[ "$1" = -c ] || env\n')
-    python.chmod(0o755)
-    own = {"PYTHON": str(python), "MALLOC_TRIM_THRESHOLD_": "123"}
-    script = str(ROOT / "dist_classification.sh")
-    shown = subprocess.run([script, "1"], env={**os.environ, **own}, capture_output=True, text=True, check=True).stdout
-    assert "MALLOC_MMAP_THRESHOLD_=" in shown and "MALLOC_TRIM_THRESHOLD_=123\n" in shown

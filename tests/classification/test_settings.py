@@ -42,8 +42,8 @@ def test_bad_values_are_named_with_the_rule(arguments, message):
 def test_a_group_is_checked_when_it_is_made_alone():
     with pytest.raises(RunError, match="--epochs must be positive, got 0"):
         Schedule(epochs=0)
-    with pytest.raises(RunError, match=r"--mean takes one value or one a channel \(1\)"):
-        Images(in_chans=1, mean=[0.1, 0.2, 0.3])
+    with pytest.raises(RunError, match=r"--std must be positive, got \[0.5, 0.0, 0.5\]"):
+        Images(std=[0.5, 0.0, 0.5])
 
 
 def test_options_never_change():

@@ -23,22 +23,9 @@ _logger = logging.getLogger(__name__)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, on the disk, for the user, or in one file
 
 LAST, PREVIOUS, BEST = "last.pth", "previous.pth", "best.pth"
-NEEDED_TO_RESUME = {
-    "arch": str,
-    "args": dict,
-    "batch": int,
-    "class_names": list,
-    "epoch": int,
-    "evaluated": bool,
-    "history": list,
-    "loss_counts": list,
-    "loss_sums": list,
-    "optimizer": dict,
-    "skipped": int,
-    "state_dict": dict,
-    "updates": int,
-    "world_size": int,
-}
+NEEDED_TO_RESUME: dict[str, type] = dict(arch=str, args=dict, batch=int, class_names=list, epoch=int, evaluated=bool)
+NEEDED_TO_RESUME |= dict(loss_counts=list, loss_sums=list, optimizer=dict, skipped=int, state_dict=dict, updates=int)
+NEEDED_TO_RESUME |= dict(world_size=int, history=list)
 MUST_AGREE_WITHIN_AN_EPOCH = ("batch_size", "grad_accum_steps", "seed", "dataset", "data_dir", "train_split")
 MAY_CHANGE_SILENTLY = ("output", "experiment", "workers")
 
@@ -66,9 +53,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def _system_error(error: BaseException | None) -> OSError | None:
     """The system's reason for an error, after which torch raises one of its own."""
-    while error and not isinstance(error, OSError):
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
         error = error.__context__
-    return error
+    return None
 
 
 def _count_bytes(state: Any) -> int:

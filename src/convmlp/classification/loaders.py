@@ -225,16 +225,9 @@ def make_loader(
     num_classes: int,
     train: bool,
 ) -> Loader:
-    """The loader for a source, after checking that the data fills a batch.
+    """The loader for a source of `open_source`, after checking that the data fills a batch.
 
-    Args:
-        source: Of `sources.open_source`.
-        data_config: Of `models.resolve_data_config`, or any size and normalisation.
-        num_classes: Those that mixup mixes.
-        train: With augmentation and in random order, else in order and resized alone.
-
-    Raises:
-        RunError: an augmentation that timm does not know, or too few images.
+    `num_classes` are those that mixup mixes. In training images are augmented and shuffled.
     """
     loader: Loader
     if isinstance(source, IterableImageDataset):

@@ -98,7 +98,7 @@ def require(condition: object, message: str) -> None:
 
 @dataclass(frozen=True)
 class Group:
-    """Options that belong together, checked when they are made; the docstring is their title in the help."""
+    """Options that belong together, each checked when it is made; the docstring is their title in the help."""
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -112,24 +112,12 @@ class Group:
 class Run(Group):
     """what to do"""
 
-    config: str | None = option(
-        None, "YAML file of option values, or one of `convmlp configs`", "FILE|NAME", flags="-c"
-    )
+    config: str | None = option(None, "a YAML file, or one of `convmlp configs`", "FILE|NAME", flags="-c")
     eval: str | None = option(None, "only evaluate this checkpoint; its own settings are the defaults", "CHECKPOINT")
-    resume: str | None = option(
-        None, "continue a run: auto takes the newest checkpoint of the output folder", "auto|FILE"
-    )
+    resume: str | None = option(None, "continue a run: auto takes the folder's newest checkpoint", "auto|FILE")
     overwrite: bool = option(False, "replace an earlier run in the output folder")
-    output: str | None = option(
-        None, "where runs are kept, by default output; with --eval beside the checkpoint", "DIR"
-    )
-    experiment: str | None = option(
-        None, "folder of this run in --output; by default the config's or model's name", "NAME"
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
+    output: str | None = option(None, "where runs go, by default output; with --eval beside the checkpoint", "DIR")
+    experiment: str | None = option(None, "folder of this run in --output; by default the config or model", "NAME")
 
 
 @dataclass(frozen=True)
@@ -148,16 +136,8 @@ class Data(Group):
     train_num_samples: int | None = option(None, "images in a wds training set that does not say so itself", "N")
     val_num_samples: int | None = option(None, "likewise for validation", "N")
     on_bad_image: Literal["skip", "stop"] = option("skip", "an unreadable image is named and skipped")
-    workers: int | None = option(
-        None, "loader processes; by default the cores a process has, up to 8", "N", NOT_NEGATIVE, flags="-j"
-    )
+    workers: int | None = option(None, "loader processes; by default its cores, up to 8", "N", NOT_NEGATIVE, flags="-j")
     pin_mem: bool = option(True, "pinned memory for copies to a GPU")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        takes_keys = self.streamed or self.dataset.lower().startswith("hfds/")
-        given = self.input_key or self.target_key
-        require(takes_keys or not given, "--input-key and --target-key are for hfds and wds")
 
     @property
     def streamed(self) -> bool:
@@ -171,9 +151,7 @@ class Model(Group):
 
     model: str = option("convmlp_s", "any timm model, ours among them", "NAME")
     pretrained: bool = option(False, "start from the published ImageNet weights")
-    initial_checkpoint: str | None = option(
-        None, "start from these weights instead; the head may have other classes", "FILE"
-    )
+    initial_checkpoint: str | None = option(None, "start from these weights; the head may have other classes", "FILE")
     drop: float = option(0.0, "dropout before the head", "P", BELOW_ONE)
     drop_path: float | None = option(None, "stochastic depth; by default the model's (ConvMLP 0.1)", "P", BELOW_ONE)
     gp: str | None = option(None, "global pooling: avg, max, avgmax", "POOL")
@@ -188,19 +166,11 @@ class Images(Group):
 
     img_size: int | None = option(None, "", "PX", POSITIVE)
     in_chans: Literal[1, 3] = option(3, "1 reads images as greyscale")
-    mean: list[float] | None = option(
-        None, "one value, or one a channel; blanks may separate them", "M[,M,M]", type=numbers
-    )
+    mean: list[float] | None = option(None, "one value or one a channel; blanks may separate", "M[,M,M]", type=numbers)
     std: list[float] | None = option(None, "", "S[,S,S]", POSITIVE_EACH, type=numbers)
     interpolation: str | None = option(None, "for evaluation: bilinear, bicubic, ...", "NAME")
     crop_pct: float | None = option(None, "evaluation crop over resized image", "F", POSITIVE)
     crop_mode: Literal["center", "squash", "border"] | None = option(None, "evaluation crop")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, values in (("--mean", self.mean), ("--std", self.std)):
-            rule = f"{name} takes one value or one a channel ({self.in_chans}), got {values}"
-            require(values is None or len(values) in (1, self.in_chans), rule)
 
     @property
     def mode(self) -> str:
@@ -219,14 +189,10 @@ class Machine(Group):
     compile: bool = option(False, "torch.compile; the first step then takes up to a minute")
     sync_bn: bool = option(False, "BatchNorm over all GPUs")
     find_unused_parameters: bool = option(
-        False, "for models that leave weights out of a step; also lets three or more processes resume bit for bit"
+        False, "for models that leave weights out; lets 3 or more processes resume bit for bit"
     )
     dist_bn: Literal["reduce", "broadcast", ""] = option("reduce", "BatchNorm statistics after an epoch")
     seed: int = option(42, range=NOT_NEGATIVE)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
 
 
 @dataclass(frozen=True)
@@ -247,11 +213,6 @@ class Schedule(Group):
     decay_epochs: float = option(90, "for step, wsd, rsqrt", "N", POSITIVE)
     decay_milestones: list[float] = option([90, 180, 270], "for multistep", "N,N", type=numbers)
     decay_rate: float = option(0.1, "for step, multistep, plateau; the power for poly")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rule = f"--warmup-epochs {self.warmup_epochs} leaves nothing of --epochs {self.epochs}"
-        require(self.warmup_epochs < self.epochs or self.sched == "none", rule)
 
     @property
     def eval_batch_size(self) -> int:
@@ -279,10 +240,6 @@ class Optimizer(Group):
     kd_checkpoint: str | None = option(None, "weights of the teacher", "FILE")
     kd_weight: float = option(1.0, "weight of the distillation loss beside the task's")
     kd_temperature: float = option(1.0, range=POSITIVE)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
 
 
 @dataclass(frozen=True)
@@ -319,14 +276,9 @@ class Records(Group):
     """records"""
 
     checkpoint_interval: int = option(0, "also save within epochs; 0 at their ends", "STEPS", NOT_NEGATIVE)
-    checkpoint_minutes: float = option(
-        10, "also save within epochs when this time has passed; 0 never", "MINUTES", NOT_NEGATIVE
-    )
+    checkpoint_minutes: float = option(10, "also save when this time has passed; 0 never", "MINUTES", NOT_NEGATIVE)
     skip_nonfinite: int = option(
-        0,
-        "leave out up to N updates whose loss or gradients are not finite; by default the first one ends the run",
-        "N",
-        NOT_NEGATIVE,
+        0, "leave out up to N updates with NaN or infinity; by default the first ends the run", "N", NOT_NEGATIVE
     )
     log_interval: int = option(50, "log lines where there is no terminal", "STEPS", POSITIVE)
     eval_metric: Literal["top1", "top5", "loss"] = option("top1", "what makes a checkpoint the best")
@@ -337,12 +289,23 @@ class Records(Group):
 
 @dataclass(frozen=True)
 class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentation, Records):
-    """All options of a call."""
+    """All options of a call; what cannot go together is checked here."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, values in (("--mean", self.mean), ("--std", self.std)):
+            rule = f"{name} takes one value or one a channel ({self.in_chans}), got {values}"
+            require(values is None or len(values) in (1, self.in_chans), rule)
+        require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
+        require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
+        require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
+        rule = f"--warmup-epochs {self.warmup_epochs} leaves nothing of --epochs {self.epochs}"
+        require(self.warmup_epochs < self.epochs or self.sched == "none", rule)
         rule = f"mixup and cutmix need an even --batch-size, got {self.batch_size}"
         require(not (self.mixes and self.batch_size % 2), rule)
+        has_keys = self.streamed or self.dataset.lower().startswith("hfds/")
+        rule = "--input-key and --target-key are for hfds and wds"
+        require(has_keys or not (self.input_key or self.target_key), rule)
         for name, off in (("checkpoint_interval", 0), ("mixup_off_epoch", 0), ("on_bad_image", "skip")):
             value = getattr(self, name)
             rule = f"{flag_of(name)} {value} does not work with streamed data"

@@ -5,7 +5,7 @@ import logging
 import tarfile
 from pathlib import Path
 from pickle import PickleError
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torchvision
@@ -28,61 +28,65 @@ N_HELD_OUT_DIGITS = 360
 PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-datasets", "wds": "webdataset"}
 
 
-class Source(Protocol):
-    """Images with the numbers of their classes, each to be had by its index."""
+class Source:
+    """Images with the numbers of their classes, each to be had by its index; here pairs as of torchvision's datasets.
 
-    class_names: list[str]
+    `class_names` are empty where the data does not tell.
+    """
 
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """An image and the number of its class."""
-
-    def name(self, index: int) -> str:
-        """What a message calls the image."""
-
-
-class ReaderSource:
-    """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
-
-    def __init__(self, reader: Any):
-        self.reader = reader
-        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-        self.class_names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        file, target = self.reader[index][:2]
-        with file:
-            return open_image(file), int(target)
-
-    def name(self, index: int) -> str:
-        return str(self.reader.filename(index, absolute=True))
-
-
-class DatasetSource:
-    """Images of a dataset in the manner of torchvision's: pairs of an image and a class."""
-
-    def __init__(self, dataset: Any, title: str):
-        self.dataset = dataset
+    def __init__(self, data: Any, title: str):
+        self.data = data
         self.title = title
-        names = getattr(dataset, "classes", None)
+        names = getattr(data, "classes", None)
         if names is None:
-            targets = next((getattr(dataset, n) for n in ("targets", "labels", "_labels") if hasattr(dataset, n)), None)
+            targets = next((getattr(data, n) for n in ("targets", "labels", "_labels") if hasattr(data, n)), None)
             names = [] if targets is None else range(int(max(targets)) + 1)
         self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.data)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.dataset[index]
+        """An image and the number of its class."""
+        image, target = self.data[index]
         return image, int(target)
 
     def name(self, index: int) -> str:
+        """What a message calls the image."""
         return f"{self.title} image {index}"
+
+
+class ReaderSource(Source):
+    """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
+
+    def __init__(self, reader: Any):
+        self.data = reader
+        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        self.class_names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        file, target = self.data[index][:2]
+        with file:
+            return open_image(file), int(target)
+
+    def name(self, index: int) -> str:
+        return str(self.data.filename(index, absolute=True))
+
+
+class RelabelledSource(Source):
+    """Another source with its classes numbered as in `class_names`, which may have more of them."""
+
+    def __init__(self, source: Source, class_names: list[str]):
+        self.data = source
+        self.class_names = class_names
+        self._numbers = [class_names.index(name) for name in source.class_names]
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, target = self.data.load(index)
+        return image, self._numbers[target]
+
+    def name(self, index: int) -> str:
+        return self.data.name(index)
 
 
 class Digits:
@@ -107,25 +111,6 @@ class Digits:
         return Image.fromarray(self.images[index]), self.targets[index]
 
 
-class RelabelledSource:
-    """Another source with its classes numbered as in `class_names`, which may have more of them."""
-
-    def __init__(self, source: Source, class_names: list[str]):
-        self.source = source
-        self.class_names = class_names
-        self._numbers = [class_names.index(name) for name in source.class_names]
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.source.load(index)
-        return image, self._numbers[target]
-
-    def name(self, index: int) -> str:
-        return self.source.name(index)
-
-
 def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
     """The training or the evaluation images that the options name.
 
@@ -135,7 +120,7 @@ def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
     name = options.dataset
     split = options.train_split if train else options.val_split
     if name == "sklearn-digits":
-        return DatasetSource(Digits(train), "digits train" if train else "digits held-out")
+        return Source(Digits(train), "digits train" if train else "digits held-out")
     if name.startswith("tv-"):
         return _torchvision_source(options, split, train)
     names = read_class_names(options.class_map) if options.class_map else []
@@ -242,7 +227,7 @@ def _name_classes(reader: Any, root: Path) -> None:
     reader.samples = [(path, reader.class_to_idx[name]) for path, name in samples]
 
 
-def _torchvision_source(options: Data, split: str, train: bool) -> DatasetSource:
+def _torchvision_source(options: Data, split: str, train: bool) -> Source:
     name = options.dataset.removeprefix("tv-")
     known = [n for n in torchvision.datasets.__all__ if inspect.isclass(getattr(torchvision.datasets, n))]
     if name not in known:
@@ -261,7 +246,7 @@ def _torchvision_source(options: Data, split: str, train: bool) -> DatasetSource
     for choice in choices:
         try:
             dataset = dataset_class(options.data_dir, **choice, **settings)
-            return DatasetSource(dataset, f"{name} {'train' if train else 'val'}")
+            return Source(dataset, f"{name} {'train' if train else 'val'}")
         except ValueError as error:  # an unknown split
             reason = str(error)
         except (RuntimeError, OSError, TypeError, ImportError) as error:

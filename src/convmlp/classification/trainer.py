@@ -158,6 +158,8 @@ class Trainer:
             checked = first
             while self.batch < n_batches:
                 loss = self.train_step(batches)
+                if loss is None:
+                    break
                 # Here, between two updates, and nowhere else, the run can be looked at, saved or stopped
                 stops_now = saves_now = False
                 if self.batch < n_batches:
@@ -172,10 +174,14 @@ class Trainer:
                     self.save(evaluated=False)
             if first < n_batches:
                 self._share_statistics()
-            return self._mean_loss(), clock.pace()
+        count, total = sum(process.gather(self.loss_count)), sum(process.gather(self.loss_sum.item()))
+        return total / count if count else math.nan, clock.pace()
 
-    def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """One update of the weights, from one batch or from --grad-accum-steps of them; returns the last loss."""
+    def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
+        """One update of the weights, from one batch or from --grad-accum-steps of them.
+
+        Returns the last loss, or None where a stream ends before its time.
+        """
         options, task = self.options, self.task
         size = min(options.grad_accum_steps, len(self.train_loader) - self.batch)
         statistics = [buffer.clone() for buffer in self.model.buffers()] if options.skip_nonfinite else []
@@ -194,6 +200,8 @@ class Trainer:
             losses.append(loss.detach())
             self.finite.add("the loss", self.batch, losses[-1])
             self.batch += 1
+        if not losses:
+            return None
         # Clipping bounds how far one odd batch can push the weights
         norm = self.clip_gradients()
         if not self.scaler.is_enabled():  # which itself leaves out an update that overflows
@@ -262,10 +270,6 @@ class Trainer:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
             if self.average is not None:
                 distribute_bn(self.average, process.world_size)
-
-    def _mean_loss(self) -> float:
-        count, total = sum(self.process.gather(self.loss_count)), sum(self.process.gather(self.loss_sum.item()))
-        return total / count if count else math.nan
 
     def evaluate_epoch(self, train_loss: float) -> dict[str, float] | None:
         """The row of this epoch in the summary, or None if a signal came first."""
