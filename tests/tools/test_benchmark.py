@@ -245,7 +245,8 @@ def test_an_interrupted_benchmark_writes_what_it_measured_and_leaves_no_process(
     words += f"--rounds 400 --device cpu --json {tmp_path}/found.json"
     terminal, ours = os.openpty()  # there is a progress bar on a terminal only
     command = [sys.executable, str(ROOT / "tools/benchmark.py"), *words.split()]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=ours, text=True, start_new_session=True)
+    streams = {"stdout": subprocess.PIPE, "stderr": ours, "env": {**os.environ, "TQDM_NCOLS": "200"}}
+    parent = subprocess.Popen(command, text=True, start_new_session=True, **streams)
     os.close(ours)
     said = b""
     while b"round 3 of" not in said:
