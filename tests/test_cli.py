@@ -137,7 +137,7 @@ def test_doctor_names_a_wrong_version_and_two_packages_in_each_others_way(unheal
     lines = {line.split()[1]: line for line in unhealthy if "BROKEN" in line and len(line.split()) > 3}
     assert "0.4.12, but >=1.0.31 is needed  ->  pip install 'timm>=1.0.31'" in lines["timm"]
     mmcv = next(line for line in lines.values() if "mmcv" in line)
-    assert "bring the same modules" in mmcv and "pip uninstall -y" in mmcv
+    assert "provide the same modules" in mmcv and "pip uninstall -y" in mmcv
 
 
 def test_doctor_names_what_is_missing_and_what_does_not_import(unhealthy):

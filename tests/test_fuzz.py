@@ -26,6 +26,7 @@ from convmlp.common.errors import CheckpointError, RunError
 from convmlp.common.images import UnreadableImage, read_image
 from convmlp.use.classifier import open_classifier
 from convmlp.use.predict import classify
+from convmlp.variations import build
 from convmlp.weights import load_pretrained
 
 pytestmark = pytest.mark.slow
@@ -333,7 +334,7 @@ sides = st.one_of(st.integers(1, 40), st.integers(1, 150))
     st.booleans(),
 )
 def test_a_model_of_any_arguments_gives_the_right_shape_or_is_refused(given, batch, height, width, channels, training):
-    model = attempt("arguments of models", lambda: ConvMLP(**given), (ValueError, TypeError))
+    model = attempt("arguments of models", lambda: build(**given), (ValueError, TypeError))
     if isinstance(model, Exception):
         return
     x = torch.zeros(batch, model.in_chans if channels is None else channels, height, width)

@@ -26,7 +26,7 @@ import convmlp
 from convmlp import classification, cli
 from convmlp.common.errors import CheckpointError
 from convmlp.common.images import UnreadableImage, enlargement, open_image, read_image
-from convmlp.use.results import make_table
+from convmlp.use.tables import make_table
 from convmlp.weights import read_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -412,10 +412,10 @@ COLUMNS = ("training", "evaluation", "predict")
 @pytest.fixture(scope="module")
 def table() -> dict[str, dict[str, str]]:
     """The table of docs/hostile.md: by kind and column what is said."""
-    _, _, text = (ROOT / "docs/hostile.md").read_text().partition("\n## Pictures\n")
+    _, _, text = (ROOT / "docs/hostile.md").read_text().partition("\n## Images\n")
     lines = [line.strip("| \n") for line in text.splitlines() if line[:1] == "|"]
     head, _, *rows = [[cell.strip() for cell in line.split("|")] for line in lines]
-    assert head[:4] == ["a picture that is", *COLUMNS]
+    assert head[:4] == ["an image that is", *COLUMNS]
     return {row[0]: dict(zip(COLUMNS, row[1:4], strict=True)) for row in rows}
 
 
@@ -457,9 +457,7 @@ def outcomes(tmp_path_factory) -> dict[str, dict[str, str]]:
     for line in content["unreadable"]:
         path, _, reason = line.partition(": ")
         found["predict"][Path(path).name] = reason
-    assert {Path(row["picture"]).name for row in content["predictions"]} | {*found["predict"]} >= {
-        *map(file_name, KINDS)
-    }
+    assert {Path(row["image"]).name for row in content["predictions"]} | {*found["predict"]} >= {*map(file_name, KINDS)}
     assert len(list((root / "drawn").iterdir())) == len(content["predictions"])
     return found
 
@@ -608,7 +606,7 @@ def test_drawn_copies_of_predict_stay_in_their_folder(tmp_path, capsys):
 
 def test_names_cannot_command_the_terminal():
     name = "\x1b]0;owned\x07 [red]cat[/red]\x9b2J"
-    table = make_table([{"picture": "a\x1b[2J.png", "classes": [dict(index=0, name=name, probability=1.0)]}])
+    table = make_table([{"image": "a\x1b[2J.png", "classes": [dict(index=0, name=name, probability=1.0)]}])
     console = Console(width=200, file=io.StringIO(), force_terminal=False)
     console.print(table)
     shown = console.file.getvalue()

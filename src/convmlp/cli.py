@@ -27,7 +27,7 @@ def _print_completion(options: argparse.Namespace) -> None:
 
 
 COMPLETION = Verb(
-    "completion", "Print what completes this command in a shell.", _add_completion_options, _print_completion
+    "completion", "Print the shell completion for this command.", _add_completion_options, _print_completion
 )
 VERBS = {verb.name: verb for verb in (*commands.VERBS, configs.VERB, doctor.VERB, COMPLETION)}
 
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _work(argv: list[str]) -> int | None:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
-        raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], VERBS) or '; there are ' + ', '.join(VERBS)}")
+        raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], VERBS) or '; choose from ' + ', '.join(VERBS)}")
     parser = build_parser()
     options = parser.parse(argv)
     if options.verb is None:

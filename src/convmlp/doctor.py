@@ -80,7 +80,7 @@ def _machine() -> list[Finding]:
         amp = f"mixed precision in {str(dtype).removeprefix('torch.')}" if dtype else "float32 only"
         findings.append(Finding(device, GOOD, f"{description}; {amp}"))
     if not names and torch.version.cuda and Path("/proc/driver/nvidia").exists():
-        detail = f"an NVIDIA driver is there, but PyTorch (CUDA {torch.version.cuda}) finds no GPU"
+        detail = f"an NVIDIA driver is installed, but PyTorch (CUDA {torch.version.cuda}) finds no GPU"
         findings.append(Finding("cuda", BROKEN, detail, "nvidia-smi  # is the driver new enough?"))
     return findings
 
@@ -101,7 +101,7 @@ def _package(requirement: Requirement) -> Finding:
     version = _version(name)
     if version and rivals:
         both = " ".join([name, *rivals])
-        detail = f"{name} and {next(iter(rivals))} bring the same modules"
+        detail = f"{name} and {next(iter(rivals))} provide the same modules"
         return Finding(name, BROKEN, detail, f"pip uninstall -y {both} && {fix}")
     if rivals:
         name, version = next(iter(rivals.items()))
@@ -149,7 +149,7 @@ def _use_torchvision() -> str:
 
 
 def _operators() -> str:
-    """Whether mmdet and mmseg import, and where mmcv's operators come from."""
+    """Whether Whether mmdet and mmseg import, and where mmcv's operators come from."""
     logging.disable(logging.INFO)  # the finding says it
     try:
         for module in (f"{PACKAGE}.openmmlab", "mmcv.ops", "mmdet.models", "mmseg.models"):
@@ -158,7 +158,7 @@ def _operators() -> str:
         logging.disable(logging.NOTSET)
     if getattr(sys.modules["mmcv._ext"], "__file__", None):
         return "compiled (mmcv._ext)"
-    return "torchvision's in the place of mmcv._ext: NMS, soft-NMS, RoIAlign, focal loss"
+    return "torchvision's instead of mmcv._ext: NMS, soft-NMS, RoIAlign, focal loss"
 
 
 def _weights() -> list[Finding]:
@@ -186,11 +186,11 @@ def _run(options: argparse.Namespace) -> int:
             print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{fix}")
             healthy &= finding.state != BROKEN
             missing |= finding.state in (MISSING, UNFIT)
-    what_works = "what is missing is needed only for what its title says" if missing else "everything is there"
+    what_works = "what is missing is needed only for its part" if missing else "everything is installed"
     print(f"healthy: {what_works}" if healthy else "not healthy: see BROKEN above")
     return 0 if healthy else 1
 
 
 VERB = Verb(
-    "doctor", "What is installed, whether it works, and the pip line for what is missing.", lambda parser: None, _run
+    "doctor", "Show what is installed, whether it works, and how to install what is missing.", lambda parser: None, _run
 )

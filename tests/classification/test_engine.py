@@ -144,7 +144,7 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(run, earlier, monkeypatch
 def test_an_output_folder_that_cannot_be_written_is_named(run, tmp_path, place):
     (tmp_path / "file").write_text("")
     code, said, _ = run("--output", str(tmp_path / place))
-    assert code == 2 and "cannot write into the output folder" in said
+    assert code == 2 and "cannot write to the output folder" in said
 
 
 def test_what_a_killed_write_leaves_is_removed(run, earlier):

@@ -52,7 +52,7 @@ def test_what_cannot_be_written_is_named_before_long_work(tmp_path):
     with pytest.raises(RunError, match="is a folder"):
         check_writable(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write into the output folder"):
+    with pytest.raises(RunError, match="cannot write to the output folder"):
         check_writable(tmp_path / "file" / "below")
 
 
@@ -69,14 +69,15 @@ def test_a_folder_belongs_to_one_process_until_that_ends_in_whatever_way(tmp_pat
     finally:
         process.kill()
         process.wait()
-    with lock_folder(tmp_path):
-        pass
-    lock_folder(tmp_path).release()
+    for _ in range(2):  # who leaves the context leaves the folder to the next
+        with lock_folder(tmp_path), pytest.raises(RunError, match="in use by process"):
+            lock_folder(tmp_path)
 
 
 def test_a_process_that_torchrun_started_again_knows_its_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
-    lock_folder(tmp_path).release()
+    with lock_folder(tmp_path):
+        pass
     assert not was_restarted(tmp_path)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert was_restarted(tmp_path)

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from convmlp.openmmlab.survival import Diverged, check_finite
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from small_runs import (

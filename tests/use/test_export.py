@@ -459,7 +459,7 @@ def test_what_cannot_be_is_said_in_one_line(request_, message, tiny, tmp_path, c
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(format, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("copy.deepcopy", None)
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="cannot write into the output folder .*file"):
+    with pytest.raises(RunError, match="cannot write to the output folder .*file"):
         export(tiny, tmp_path / "file" / "model", format)
 
 

@@ -133,7 +133,7 @@ def _find_resumable(options: Options, folder: Path) -> tuple[Path, dict[str, Any
     """The checkpoint to continue from, after making sure that no other run is overwritten unasked."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):  # before anything is created there
-        raise RunError(f"cannot write into the output folder {folder}: {existing} is not a folder one may write into")
+        raise RunError(f"cannot write to the output folder {folder}: {existing} is not a folder one may write into")
     if options.resume == "auto" and not options.overwrite:
         found = find_newest(folder)
         if found is None:

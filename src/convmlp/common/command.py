@@ -128,7 +128,7 @@ def _explain(error: Exception, way_on: str) -> tuple[int, str]:
         return MISTAKE, f"error: {error}"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("convmlp"):
         module = error.name.partition(".")[0]
-        hint = f"{pip_line(package_of(module))} (convmlp doctor names all that is missing)"
+        hint = f"{pip_line(package_of(module))} (convmlp doctor lists everything missing)"
         return MISTAKE, f"error: {module} is missing: {hint}"
     if isinstance(error, OSError):  # such as a full disk
         return MISTAKE, f"error: {error}"

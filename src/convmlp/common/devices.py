@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .errors import RunError
+from .errors import RunError, plural
 
 
 def choose_device(name: str) -> torch.device:
@@ -24,9 +24,9 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RunError(f"--device {name}: PyTorch finds no GPU here; --device auto takes what is there")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, counted from 0")
+        raise RunError(f"--device {name}: this machine has {plural(torch.cuda.device_count(), 'GPU')}, counted from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise RunError("--device mps: PyTorch finds none here; --device auto takes what is there")
+        raise RunError("--device mps: PyTorch finds no MPS device here; --device auto takes what is there")
     return device
 
 

@@ -31,7 +31,7 @@ def check_format(path: Path) -> None:
     """
     known = new_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
-        raise RunError(f"cannot write a figure as {path}: its suffix is one of {', '.join(sorted(known))}")
+        raise RunError(f"cannot write a figure as {path}: the suffix must be one of {', '.join(sorted(known))}")
 
 
 def image_font(size: float) -> ImageFont.FreeTypeFont:

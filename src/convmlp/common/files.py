@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -64,11 +65,11 @@ def make_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise RunError(f"cannot write into the output folder {folder}: {error.strerror}") from error
+        raise RunError(f"cannot write to the output folder {folder}: {error.strerror}") from error
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """Keep other runs out of a folder until the returned lock is released, or this process ends in any way.
+def lock_folder(folder: Path) -> AbstractContextManager[object]:
+    """Keep other runs out of a folder until the returned context is left, or this process ends in any way.
 
     A file beside the lock names the process that holds it. Both files are left behind; only the lock counts.
 
@@ -76,9 +77,8 @@ def lock_folder(folder: Path) -> FileLock:
         RunError: another process holds the folder.
     """
     make_folder(folder)
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock = FileLock(folder / LOCK).acquire(blocking=False)
     except Timeout as error:
         holder = _read_holder(folder) or "another process"
         raise RunError(f"{folder} is in use by {holder}; two runs cannot write into one folder") from error

@@ -34,19 +34,19 @@ def find_images(place: str | Path) -> list[Path]:
         RunError: there is no such file, or no image in the folder.
     """
     if not str(place):
-        raise RunError("no picture, folder or pattern was named, only an empty text")
+        raise RunError("the path of an image, a folder or a pattern is empty")
     path = Path(place)
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
         found = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         if not found:
-            raise RunError(f"no pictures in the folder {place} ({', '.join(EXTENSIONS[:5])}, ...)")
+            raise RunError(f"no images in the folder {place} ({', '.join(EXTENSIONS[:5])}, ...)")
         return found
     if path.is_file():
         return [path]
     found = [p for p in map(Path, sorted(glob.glob(str(place), recursive=True))) if p.is_file()]
     if not found:
-        raise RunError(f"no such picture, folder or pattern: {place}")
+        raise RunError(f"no such image, folder or pattern: {place}")
     return found
 
 
@@ -73,7 +73,7 @@ def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Ima
             warnings.simplefilter("ignore")  # about odd EXIF entries, and images that are merely large
             with Image.open(file) as image:
                 if image.format == "EPS":
-                    raise UnreadableImage("EPS is not read: it is a program, which Ghostscript would run")
+                    raise UnreadableImage("EPS is not read, because it is a program for Ghostscript")
                 image.load()
                 return ImageOps.exif_transpose(image) if upright else image
     except UnreadableImage:
@@ -81,7 +81,7 @@ def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Ima
     except Exception as error:  # Pillow's plugins raise whatever their formats provoke
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
-            reason = "not a picture" if _has_content(file) else "an empty file"
+            reason = "not an image" if _has_content(file) else "an empty file"
         raise UnreadableImage(reason) from error
 
 

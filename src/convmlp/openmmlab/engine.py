@@ -82,7 +82,7 @@ def _prepare_folder(cfg: Config, options: Namespace, resources: ExitStack) -> Co
     logger = MMLogger.get_current_instance()
     folder, resume = Path(cfg.work_dir), options.resume
     restarted = was_restarted(folder)
-    resources.callback(lock_folder(folder).release)
+    resources.enter_context(lock_folder(folder))
     remove_leftovers(folder)
     earlier = find_checkpoints(folder)
     if restarted and (resume is None or earlier):
