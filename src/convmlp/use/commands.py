@@ -1,6 +1,7 @@
 """The verbs of `convmlp` that use a trained model: predict, visualize, export, info."""
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -99,6 +100,9 @@ def _predict_objects(options: argparse.Namespace, paths: list[Path], drawn: Draw
     if not options.checkpoint:
         raise RunError("--config needs the trained weights: --checkpoint FILE")
 
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # what the next import logs would be among the results
     from ..openmmlab.inference import predict_files
 
     return predict_files(
