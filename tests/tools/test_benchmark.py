@@ -1,14 +1,17 @@
 """The benchmark: what it compares, that its processes take turns and leave nothing behind, and what it writes."""
 
 import contextlib
+import fcntl
 import functools
 import io
 import itertools
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import benchmark
@@ -244,8 +247,9 @@ def test_an_interrupted_benchmark_writes_what_it_measured_and_leaves_no_process(
     words = "convmlp_s --modes folded --dtypes float32 --batch-sizes 1 2 --img-size 32 --threads 1 --seconds 0.05 "
     words += f"--rounds 400 --device cpu --json {tmp_path}/found.json"
     terminal, ours = os.openpty()  # there is a progress bar on a terminal only
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 200, 0, 0))  # which has lines and columns
     command = [sys.executable, str(ROOT / "tools/benchmark.py"), *words.split()]
-    streams = {"stdout": subprocess.PIPE, "stderr": ours, "env": {**os.environ, "TQDM_NCOLS": "200"}}
+    streams = {"stdout": subprocess.PIPE, "stderr": ours}
     parent = subprocess.Popen(command, text=True, start_new_session=True, **streams)
     os.close(ours)
     said = b""
