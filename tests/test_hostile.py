@@ -333,7 +333,7 @@ def test_no_code_in_an_option_runs(marker, pictures, capsys):
     value = f"drop_rate=!!python/object/apply:os.mkdir ['{marker}']"
     assert classification.main(["--model-kwargs", value, str(pictures)]) == 2
     assert not marker.exists()
-    assert "is no value" in last_line(capsys.readouterr().err)
+    assert "is not a value" in last_line(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("verb", ["train", "predict"])
@@ -342,14 +342,12 @@ def test_no_code_in_a_class_map_runs(verb, tmp_path, marker, pictures, capsys):
     write_pickle(file, Evil(marker))
     if verb == "train":
         assert classification.main([*SMALL, "--class-map", str(file), str(pictures)]) == 2
-        reason = "--class-map is a text file, NAME.txt, with a class name a line, got"
     else:
         torch.save(convmlp.convmlp_s(num_classes=3).state_dict(), tmp_path / "s.pth")
         picture = str(next(pictures.rglob("*.png")))
         assert cli.main(["predict", picture, "--checkpoint", str(tmp_path / "s.pth"), "--class-map", str(file)]) == 2
-        reason = "cannot read the class names in"
     assert not marker.exists()
-    assert f"{reason} {file}" in last_line(capsys.readouterr().err)
+    assert f"cannot read the class names in {file}" in last_line(capsys.readouterr().err)
 
 
 def test_no_code_in_the_files_of_a_torchvision_dataset_runs(tmp_path, marker, capsys):
