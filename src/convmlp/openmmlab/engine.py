@@ -15,8 +15,8 @@ from mmengine.logging import MMLogger
 from ..common.errors import RunError, plural
 from ..common.files import lock_folder, remove_leftovers, was_restarted
 from .checkpoints import find_checkpoints, newest_readable
-from .configs import load_config
-from .datasets import Request, adapt_to_data, leaf_datasets
+from .configs import leaf_datasets, load_config
+from .datasets import Request, adapt_to_data
 from .machine import adapt_to_machine, on_main_process, start_processes
 from .options import parse_options
 from .runner import CarefulRunner

@@ -38,10 +38,9 @@ from ..common.files import write_atomically
 from ..common.images import read_image
 from ..weights import extract_state_dict, find_checkpoint, list_differences, shorten
 from .checkpoints import read_run_checkpoint
-from .configs import read_config
-from .datasets import Colour, choose_palette, leaf_datasets, set_num_classes
+from .configs import leaf_datasets, read_config, replace_sync_bn, set_num_classes
+from .datasets import Colour, choose_palette
 from .drawing import draw_instances, draw_label_map
-from .machine import replace_sync_bn
 
 # What the classes of a model are called that has their number and does not tell their names
 STANDARD = {"mmdet": "CocoDataset", "mmseg": "ADE20KDataset"}

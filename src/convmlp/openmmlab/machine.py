@@ -13,6 +13,7 @@ from mmengine.utils.dl_utils import set_multi_processing
 
 from ..common.devices import resolve_amp_dtype
 from ..common.errors import RunError
+from .configs import replace_sync_bn
 
 # By launcher: where it tells a process its number, how many there are, and its number on this machine
 ENVIRONMENT = {
@@ -102,15 +103,3 @@ def adapt_to_machine(cfg: Config, amp: bool) -> None:
         MMLogger.get_current_instance().warning(
             "mixed precision: this CPU has no bfloat16 of its own, the run stays in float32"
         )
-
-
-def replace_sync_bn(node: Any) -> None:
-    """Make each SyncBN of a config a BN: it needs GPUs."""
-    if isinstance(node, dict):
-        if node.get("type") == "SyncBN":
-            node["type"] = "BN"
-        for value in node.values():
-            replace_sync_bn(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            replace_sync_bn(value)
