@@ -132,47 +132,47 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_focal_loss_forward(
-    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, gamma: float, alpha: float
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, **settings: float
 ) -> None:
-    """Focal loss (Lin et al. 2017) of logits (n, classes) into `output`, of the same shape.
+    """The loss of each logit into `output` (n, classes). An empty `weight` means none."""
+    output.copy_(_focal_loss(_wide(input), target, weight, **settings))
 
-    In `target` (n,) the number of the classes means background. An empty `weight` means none.
-    """
-    input = _wide(input)
+
+def sigmoid_focal_loss_backward(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, grad_input: torch.Tensor, **settings: float
+) -> None:
+    """The derivative of each loss by its logit into `grad_input` (n, classes)."""
+    with torch.enable_grad():
+        logits = _wide(input).detach().requires_grad_()
+        loss = _focal_loss(logits, target, weight, **settings).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
+
+
+def _focal_loss(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, gamma: float, alpha: float
+) -> torch.Tensor:
+    """Focal loss (Lin et al. 2017) of logits (n, classes); target (n,), `classes` meaning background: (n, classes)."""
     classes = input.shape[1]
     one_hot = (target[:, None] == torch.arange(classes, device=target.device)).to(input.dtype)
     loss = ops.sigmoid_focal_loss(input, one_hot, alpha, gamma)
     if weight.numel():
         loss = loss * torch.cat([weight, weight.new_ones(1)])[target.clamp(max=classes)][:, None]
-    output.copy_(loss)
+    return loss
 
 
-def get_compiler_version() -> str:
-    return "none: torchvision's operators"
-
-
-def get_compiling_cuda_version() -> str:
-    return "none: torchvision's operators"
-
-
-PROVIDED: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        nms,
-        softnms,
-        roi_align_forward,
-        roi_align_backward,
-        sigmoid_focal_loss_forward,
-        sigmoid_focal_loss_backward,
-        get_compiler_version,
-        get_compiling_cuda_version,
-    )
-}
+OPERATORS = (
+    nms,
+    softnms,
+    roi_align_forward,
+    roi_align_backward,
+    sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_backward,
+)
+PROVIDED: dict[str, Callable[..., Any]] = {operator.__name__: operator for operator in OPERATORS}
 
 
 def _unavailable(name: str) -> NoReturn:
-    provided = ", ".join(key for key in PROVIDED if not key.startswith("get_"))
-    raise MissingOperator(f"the operator {name} needs {COMPILED}. Without one there are {provided}")
+    raise MissingOperator(f"the operator {name} needs {COMPILED}. Without one there are {', '.join(PROVIDED)}")
 
 
 class _StandIn(ModuleType):
@@ -181,6 +181,8 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("get_compiler_version", "get_compiling_cuda_version"):  # for mmcv's report of the environment
+            return lambda: "none: torchvision's operators"
         return PROVIDED.get(name) or (lambda *args, **kwargs: _unavailable(name))
 
 
