@@ -135,10 +135,11 @@ class Check(DataCheck):
         found = in_threads(lambda stem: _look(part, stem, decode=self.request.check == "all"), chosen)
         pixels = {stem: each for stem, each in found.items() if isinstance(each, np.ndarray)}
         wrong = defaultdict(list)
-        for stem in found.keys() - pixels.keys():
-            wrong[found[stem]].append(f"{stem}{labels.suffix}")
+        for stem, each in found.items():
+            if isinstance(each, str):
+                wrong[each].append(f"{stem}{labels.suffix}")
         for problem, names in wrong.items():
-            problems += counted("label map", problem, sorted(names), labels.folder)
+            problems += counted("label map", problem, names, labels.folder)
         counts, of_values = self._count(labels.folder, pixels, len(classes), complete=len(pixels) == len(found))
         return Findings(counts, [f"{name}: {problem}" for problem in problems + of_values], [])
 
