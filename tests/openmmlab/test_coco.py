@@ -10,7 +10,8 @@ from digit_scenes import CLASSES as DIGITS
 from mmengine.config import Config
 from small_runs import own_config
 
-from convmlp.openmmlab.datasets import Request, adapt_to_data, replace_root
+from convmlp.openmmlab.configs import replace_root
+from convmlp.openmmlab.datasets import Request, adapt_to_data
 
 RETINANET = "detection/retinanet_convmlp_s_fpn_1x_coco.py"
 MASKRCNN = "detection/maskrcnn_convmlp_s_fpn_1x_coco.py"

@@ -9,7 +9,8 @@ from mmengine.config import Config
 from small_runs import CONFIGS, own_config
 
 from convmlp.cli import run_openmmlab
-from convmlp.openmmlab.datasets import Request, adapt_to_data, choose_palette, replace_root
+from convmlp.openmmlab.configs import replace_root
+from convmlp.openmmlab.datasets import Request, adapt_to_data, choose_palette
 
 RETINANET = "detection/retinanet_convmlp_s_fpn_1x_coco.py"
 FPN = "segmentation/fpn_convmlp_s_512x512_40k_ade20k.py"

@@ -18,7 +18,8 @@ from mmengine.registry import init_default_scope
 from PIL import Image
 
 from convmlp.common.errors import RunError
-from convmlp.openmmlab.datasets import Request, adapt_to_data, replace_root
+from convmlp.openmmlab.configs import replace_root
+from convmlp.openmmlab.datasets import Request, adapt_to_data
 
 ROOT = Path(__file__).resolve().parents[2]
 RETINANET = ROOT / "configs/detection/retinanet_convmlp_s_fpn_1x_coco.py"

@@ -19,7 +19,7 @@ from small_runs import TINY
 
 from convmlp.common.errors import CheckpointError, RunError
 from convmlp.openmmlab import inference
-from convmlp.openmmlab.configs import read_config
+from convmlp.openmmlab.configs import read_config, replace_sync_bn
 from convmlp.openmmlab.inference import (
     Detections,
     TrainedModel,
@@ -29,7 +29,6 @@ from convmlp.openmmlab.inference import (
     predict_files,
     to_json,
 )
-from convmlp.openmmlab.machine import replace_sync_bn
 from convmlp.timm_models import create_timm_model
 from convmlp.zoo import VARIANTS
 

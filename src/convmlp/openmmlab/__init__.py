@@ -9,7 +9,7 @@ import logging
 from . import ops
 from .backbone import ConvMLPBackbone
 from .drawing import DrawPredictions
-from .optim import AutocastOptimWrapper
+from .machine import AutocastOptimWrapper
 
 __all__ = ["AutocastOptimWrapper", "ConvMLPBackbone", "DrawPredictions"]
 

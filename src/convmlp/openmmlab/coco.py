@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from mmengine.logging import print_log
 
 from ..common.classes import SPLITS, read_class_names
 from ..common.errors import RunError, plural, some
-from .datasets import DataCheck, image_size, in_threads, leaf_datasets
+from .datasets import DataCheck, Findings, counted, image_size, in_threads
 
 TYPES = ("CocoDataset", "mmdet.CocoDataset")
 ANNOTATIONS = ("annotations/instances_{}.json", "annotations/{}.json", "{}/_annotations.coco.json", "{}.json")
@@ -37,7 +38,7 @@ FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
 }
 # COCO itself has two boxes of no height among 860 001; mmdet passes over them
 TOLERATED_BOXES = 1 / 1000
-BAD_BOX = "has no size or leaves the image"
+Fault = tuple[str, str, list[Any]]  # what kind of things, what is wrong with them, and which
 
 
 @dataclass
@@ -56,12 +57,16 @@ class Part:
     def annotations(self) -> list[dict[str, Any]]:
         return self.content["annotations"]
 
+    def annotations_that(self, wrong: Callable[[dict[str, Any], dict[str, Any] | None], Any]) -> list[Any]:
+        """Ids of the annotations that are `wrong`, of which it is given each, and its image."""
+        return [each["id"] for each in self.annotations if wrong(each, self.images.get(each["image_id"]))]
+
     @cached_property
     def categories(self) -> dict[int | str, str]:
         return {category["id"]: category["name"] for category in self.content["categories"]}
 
 
-class Check(DataCheck[Part]):
+class Check(DataCheck):
     """The check of data sets in COCO's format, see `datasets.adapt_to_data`."""
 
     kind, unit, registry = "single CocoDataset", "boxes", DATASETS
@@ -116,108 +121,80 @@ class Check(DataCheck[Part]):
             print_log(f"{change}: {some(names, 20)}", "current")
         return names
 
-    def examine(self, name: str, part: Part, classes: list[str]) -> tuple[dict[int, int], list[str]]:
+    def examine(self, name: str, part: Part, classes: list[str]) -> Findings:
         numbers = {key: classes.index(label) for key, label in part.categories.items() if label in classes}
-        found = Counter(annotation["category_id"] for annotation in part.annotations)
+        found = Counter(each["category_id"] for each in part.annotations)
         counts = {numbers[key]: count for key, count in found.items() if key in numbers}
-        problems = {**self._image_problems(part), **self._annotation_problems(part)}
-        return counts, [
-            f"{name}: {plural(len(entries), noun)} {what}: {some(entries)} (in {part.file})"
-            for (noun, what), entries in problems.items()
-            if entries
-        ]
+        faults = [*self._image_faults(part), *self._annotation_faults(part)]
+        box = "with a box that has no size or leaves the image"
+        outside = part.annotations_that(lambda each, image: image is not None and not _fits(each, image))
+        if len(outside) > TOLERATED_BOXES * len(part.annotations):
+            faults.append(("annotation", f"{box} (x, y, width, height in pixels)", outside))
+        problems = [f"{name}: {line}" for fault in faults for line in counted(*fault, part.file)]
+        remarks = counted("annotation", box, outside)
+        if name == "val" and "train" in self.parts:
+            problems += _compare_categories(self.parts["train"], part)
+        if name == "train":
+            smallest = (self.dataset.get("filter_cfg") or {}).get("min_size", 0)
+            large = {key for key, image in part.images.items() if min(image["width"], image["height"]) >= smallest}
+            boxes = [each for each in part.annotations if each["category_id"] in numbers and not each["iscrowd"]]
+            trainable = {each["image_id"] for each in boxes} & large  # by mmdet
+            unused = [image["file_name"] for key, image in part.images.items() if key not in trainable]
+            reason = f"without a box of a class, or smaller than {smallest} pixels"
+            remarks += counted("image", f"not trained on, {reason}", unused)
+            if not trainable:
+                kind = f"{smallest} pixels or more has a box of the classes {some(classes)} that is not a crowd"
+                problems.append(f"train: no image of {kind}")
+        return Findings(counts, problems, remarks)
 
-    def _image_problems(self, part: Part) -> dict[tuple[str, str], list[Any]]:
-        """Names of images by what is wrong with them."""
-        decode = self.request.check == "all"
+    def _image_faults(self, part: Part) -> list[Fault]:
         files = {image["file_name"]: image for image in part.content["images"]}
         there = in_threads(lambda name: os.path.isfile(part.folder / name), files)
         looked = self.sample([name for name in files if there[name]])
-        sizes = in_threads(lambda name: image_size(part.folder / name, decode), looked)
+        sizes = in_threads(lambda name: image_size(part.folder / name, self.request.check == "all"), looked)
         other = [
             name for name, size in sizes.items() if size and {*size} != {files[name]["width"], files[name]["height"]}
         ]
-        return {
-            ("image", f"not found in {part.folder}"): [name for name in files if not there[name]],
-            ("image", "that cannot be read"): [name for name, size in sizes.items() if not size],
-            ("image", "of another size than the file says"): other,
-            ("id", "of several images"): _repeated(part.content["images"]),
-        }
+        return [
+            ("image", f"not found in {part.folder}", [name for name in files if not there[name]]),
+            ("image", "that cannot be read", [name for name, size in sizes.items() if not size]),
+            ("image", "of another size than the file says", other),
+            ("id", "of several images", _repeated(part.content["images"])),
+        ]
 
-    def _annotation_problems(self, part: Part) -> dict[tuple[str, str], list[Any]]:
-        """Ids of annotations by what is wrong with them."""
-        images, categories, annotations = part.images, part.categories, part.annotations
-        placed = [each for each in annotations if each["image_id"] in images]
-        unknown = sorted({each["category_id"] for each in annotations} - {*categories}, key=str)
-        problems = {
-            ("id", "of several annotations"): _repeated(annotations),
-            ("category id", f"of annotations that is not one of {some(categories, 20)}"): unknown,
-            ("annotation", "of images that are not listed"): [
-                each["id"] for each in annotations if each["image_id"] not in images
-            ],
-            ("annotation", "with a box that is not four numbers"): [
-                each["id"] for each in annotations if not _is_box(each["bbox"])
-            ],
-        }
-        bad = [each["id"] for each in placed if not _fits(each, images[each["image_id"]])]
-        if len(bad) > TOLERATED_BOXES * len(annotations):
-            problems["annotation", f"with a box that {BAD_BOX} (x, y, width, height in pixels)"] = bad
-        if any(step.get("with_mask") for step in self._dataset.pipeline):
-            problems["annotation", "without a segmentation"] = [
-                each["id"] for each in annotations if not each.get("segmentation")
+    def _annotation_faults(self, part: Part) -> list[Fault]:
+        categories = part.categories
+        unknown = sorted({each["category_id"] for each in part.annotations} - {*categories}, key=str)
+        ids = part.annotations_that
+        faults = [
+            ("id", "of several annotations", _repeated(part.annotations)),
+            ("category id", f"of annotations that is not one of {some(categories, 20)}", unknown),
+            ("annotation", "of images that are not listed", ids(lambda each, image: image is None)),
+            ("annotation", "with a box that is not four numbers", ids(lambda each, image: not _is_box(each["bbox"]))),
+        ]
+        if any(step.get("with_mask") for step in self.dataset.pipeline):
+            no_mask = ids(lambda each, image: not each.get("segmentation"))
+            bad_mask = ids(lambda each, image: each.get("segmentation") and image and not _is_mask(each, image))
+            shape = "neither polygons of three points or more nor RLE"
+            faults += [
+                ("annotation", "without a segmentation", no_mask),
+                ("annotation", f"with a segmentation that is {shape}", bad_mask),
             ]
-            problems["annotation", "with a segmentation that is neither polygons of three points or more nor RLE"] = [
-                each["id"]
-                for each in placed
-                if each.get("segmentation") and not _is_mask(each, images[each["image_id"]])
-            ]
-        return problems
+        return faults
 
-    def compare(self, classes: list[str]) -> list[str]:
-        """Categories must agree in ids, names and order, which gives the class numbers; and some image must be left."""
-        tables = {name: list(part.categories.items()) for name, part in self.parts.items()}
-        problems = []
-        if len(tables) == 2 and tables["train"] != tables["val"]:
-            only = [
-                f"{label} (id {key}) only in {name}"
-                for name, other in (("train", "val"), ("val", "train"))
-                for key, label in tables[name]
-                if (key, label) not in tables[other]
-            ]
-            problems.append(f"the categories of train and val differ: {some(only) or 'their order'}")
-        train = self.parts.get("train")
-        if train and not self._trainable(train, classes):
-            kind = f"{self._smallest} pixels or more has a box of the classes {some(classes)} that is not a crowd"
-            problems.append(f"train: no image of {kind}")
-        return problems
 
-    def remark(self, name: str, part: Part, classes: list[str]) -> list[str]:
-        remarks = []
-        if name == "train":
-            left = self._trainable(part, classes)
-            unused = [image["file_name"] for key, image in part.images.items() if key not in left]
-            if unused:
-                reason = f"without a box of a class, or smaller than {self._smallest} pixels"
-                remarks.append(f"{plural(len(unused), 'image')} not trained on, {reason}: {some(unused)}")
-        bad = [each["id"] for each in part.annotations if not _fits(each, part.images[each["image_id"]])]
-        if bad:
-            remarks.append(f"{plural(len(bad), 'annotation')} with a box that {BAD_BOX}: {some(bad)}")
-        return remarks
-
-    def _trainable(self, part: Part, classes: list[str]) -> set[Any]:
-        """Ids of the images that mmdet trains on: large enough, and with a box of a class that is not a crowd."""
-        wanted = {key for key, label in part.categories.items() if label in classes}
-        large = {key for key, image in part.images.items() if min(image["width"], image["height"]) >= self._smallest}
-        boxes = (each for each in part.annotations if each["category_id"] in wanted and not each["iscrowd"])
-        return {each["image_id"] for each in boxes} & large
-
-    @property
-    def _dataset(self) -> ConfigDict:
-        return leaf_datasets(self.cfg)[next(iter(self.request.parts.values()))]
-
-    @property
-    def _smallest(self) -> int:
-        return (self._dataset.get("filter_cfg") or {}).get("min_size", 0)
+def _compare_categories(train: Part, val: Part) -> list[str]:
+    """Categories must agree in ids, names and order, which gives the class numbers."""
+    tables = {"train": [*train.categories.items()], "val": [*val.categories.items()]}
+    if tables["train"] == tables["val"]:
+        return []
+    only = [
+        f"{label} (id {key}) only in {name}"
+        for name, other in (("train", "val"), ("val", "train"))
+        for key, label in tables[name]
+        if (key, label) not in tables[other]
+    ]
+    return [f"the categories of train and val differ: {some(only) or 'their order'}"]
 
 
 def _read(file: Path) -> dict[str, Any]:

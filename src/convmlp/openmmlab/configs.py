@@ -1,16 +1,17 @@
-"""Configs of mmengine, with what the command line says about them."""
+"""Configs of mmengine: reading, and changing them as the command line and the data ask."""
 
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 
 from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
 from ..common.packages import need
-from .datasets import replace_root
 
+LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 # Top-level keys that mmengine reads and a config need not have
 RUNNER_KEYS = (
     *("auto_scale_lr", "compile", "channels_last", "custom_hooks", "efficient_conv_bn_eval", "experiment_name"),
@@ -91,3 +92,76 @@ def _check_key(cfg: Config, key: str) -> None:
             raise RunError(f"--cfg-options {key}: the config has no {part!r} there{suggest(part, map(str, known))}")
     if not path and last not in node and last not in RUNNER_KEYS:
         raise RunError(f"--cfg-options: the config has no key {last!r}{suggest(last, [*map(str, node), *RUNNER_KEYS])}")
+
+
+def leaf_datasets(cfg: Config) -> dict[str, ConfigDict]:
+    """The data set of each loader, out of wrappers such as RepeatDataset.
+
+    A loader of several data sets (ConcatDataset) is left out: nothing here can follow it.
+    """
+    found = {}
+    for loader in LOADERS:
+        dataset = (cfg.get(loader) or {}).get("dataset")
+        while dataset is not None and "dataset" in dataset:
+            dataset = dataset.dataset
+        if dataset is not None and "datasets" not in dataset:
+            found[loader] = dataset
+    return found
+
+
+def replace_root(cfg: Config, root: str) -> None:
+    """Put `root` in the place of every data_root of the config, wherever a path starts with it.
+
+    Raises:
+        RunError: the config names no data_root, or there is no folder `root`.
+    """
+    if not Path(root).is_dir():
+        raise RunError(f"no such data folder: {root}")
+    roots = {cfg.get("data_root"), *(dataset.get("data_root") for dataset in leaf_datasets(cfg).values())}
+    olds = sorted((old.rstrip("/") for old in roots if old), key=len, reverse=True)
+    if not olds:
+        raise RunError(f"{cfg.filename} names no data_root that DATA could replace")
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(replaced(item) for item in value)
+        if isinstance(value, str):
+            for old in olds:
+                if f"{value}/".startswith(f"{old}/"):
+                    return str(Path(root, value[len(old) :].lstrip("/")))
+        return value
+
+    for key in cfg:
+        cfg[key] = replaced(cfg[key])
+
+
+def nested_dicts(node: Any) -> Iterator[dict[str, Any]]:
+    """All mappings in a part of a config, the outer ones first."""
+    if isinstance(node, dict):
+        yield node
+    if isinstance(node, (dict, list, tuple)):
+        for value in node.values() if isinstance(node, dict) else node:
+            yield from nested_dicts(value)
+
+
+def set_num_classes(model: Any, number: int) -> None:
+    """Give every head of a model in a config this number of classes.
+
+    Raises:
+        RunError: a loss weighs another number of classes.
+    """
+    for node in nested_dicts(model):
+        if "num_classes" in node and not str(node.get("type")).endswith("RPNHead"):
+            node["num_classes"] = number
+        weights = node.get("class_weight")
+        if isinstance(weights, (list, tuple)) and len(weights) not in (number, number + 1):  # one for the background
+            raise RunError(f"class_weight of a loss in the config has {len(weights)} values for {number} classes")
+
+
+def replace_sync_bn(model: Any) -> None:
+    """Make each SyncBN of a model in a config a BN: it needs GPUs."""
+    for node in nested_dicts(model):
+        if node.get("type") == "SyncBN":
+            node["type"] = "BN"

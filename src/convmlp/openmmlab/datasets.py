@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, NamedTuple
 
 import matplotlib
 import mmcv
@@ -19,11 +19,10 @@ from mmengine.registry import Registry
 from PIL import Image
 
 from ..common.errors import RunError, plural, some
+from .configs import leaf_datasets, set_num_classes
 
-LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader")
 SAMPLE = 500  # files of each part that are opened, unless all are asked for
 Colour = tuple[int, ...]  # red, green, blue
-Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,15 @@ def adapt_to_data(cfg: Config, request: Request) -> str:
     return import_module(f".{kind}", __package__).Check(cfg, request).run()
 
 
-class DataCheck(ABC, Generic[Part]):
+class Findings(NamedTuple):
+    """How much there is of each class, by its number; what keeps a part from being trained on; what is passed over."""
+
+    counts: dict[int, int]
+    problems: list[str]
+    remarks: list[str]
+
+
+class DataCheck(ABC):
     """What is done with a data set before a run; `coco` and `labelmaps` know its two kinds.
 
     A part, train or val, is what `find` returns.
@@ -67,7 +74,7 @@ class DataCheck(ABC, Generic[Part]):
     def __init__(self, cfg: Config, request: Request):
         self.cfg = cfg
         self.request = request
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, Any] = {}
         self.complete = True  # whether all was counted, not only a sample
 
     @abstractmethod
@@ -75,11 +82,11 @@ class DataCheck(ABC, Generic[Part]):
         """Whether a data set of the config is of this kind."""
 
     @abstractmethod
-    def find(self, name: str, dataset: ConfigDict) -> Part:
+    def find(self, name: str, dataset: ConfigDict) -> Any:
         """Find the files of a part, in the places of the config, else in the usual ones."""
 
     @abstractmethod
-    def point(self, loader: str, dataset: ConfigDict, part: Part) -> None:
+    def point(self, loader: str, dataset: ConfigDict, part: Any) -> None:
         """Let a data set of the config, and what evaluates it, read these files."""
 
     @abstractmethod
@@ -87,16 +94,8 @@ class DataCheck(ABC, Generic[Part]):
         """The class names of the run, in the order of their numbers; the config gets them too."""
 
     @abstractmethod
-    def examine(self, name: str, part: Part, classes: list[str]) -> tuple[dict[int, int], list[str]]:
-        """How much there is of each class, by its number, and what keeps the part from being trained on."""
-
-    def compare(self, classes: list[str]) -> list[str]:
-        """What keeps the parts from being used together."""
-        return []
-
-    def remark(self, name: str, part: Part, classes: list[str]) -> list[str]:
-        """What training will pass over without an error."""
-        return []
+    def examine(self, name: str, part: Any, classes: list[str]) -> Findings:
+        """Look into the files of a part."""
 
     def run(self) -> str:
         """See `adapt_to_data`."""
@@ -105,26 +104,31 @@ class DataCheck(ABC, Generic[Part]):
         for name, loader in self.request.parts.items():
             if self.cfg.get(loader) is not None:
                 datasets = self._same_place(loader)
-                part = self.parts[name] = self.find(name, datasets[loader])
-                for each, dataset in datasets.items():
-                    self.point(each, dataset, part)
+                self.parts[name] = self.find(name, datasets[loader])
+                for place, dataset in datasets.items():
+                    self.point(place, dataset, self.parts[name])
         classes = self.choose_classes()
         if self.request.check == "none":
             return ""
         found = {name: self.examine(name, part, classes) for name, part in self.parts.items()}
-        counts = {name: count for name, (count, _) in found.items()}
-        problems = [problem for _, problems in found.values() for problem in problems] + self.compare(classes)
-        _refuse(problems or (_missing_in_training(classes, counts) if self.complete else []))
-        for name, part in self.parts.items():
-            absent = [label for i, label in enumerate(classes) if not counts[name].get(i)]
-            remarks = self.remark(name, part, classes)
-            if absent and self.complete:
-                remarks.append(f"{plural(len(absent), 'class')} without {self.unit}: {some(absent)}")
-            for remark in remarks:
+        problems = [problem for each in found.values() for problem in each.problems]
+        absent = {name: [i for i, _ in enumerate(classes) if not each.counts.get(i)] for name, each in found.items()}
+        if self.complete and not problems and len(found) == 2:
+            unseen = [classes[i] for i in absent["train"] if i not in absent["val"]]
+            problems = [f"classes that val has and train does not have: {some(unseen)}"] if unseen else []
+        if problems:
+            raise RunError(
+                "the data set cannot be trained on as it is:"
+                + "".join(f"\n  - {problem}" for problem in problems)
+                + "\n  (--skip-data-check starts all the same)"
+            )
+        for name, each in found.items():
+            missing = [classes[i] for i in absent[name]] if self.complete else []
+            for remark in [*each.remarks, *counted("class", f"without {self.unit}", missing)]:
                 print_log(f"{name}: {remark}", "current", logging.WARNING)
         if not self.complete:
             print_log(f"looked into {SAMPLE} files or fewer of each part; --check-data looks into all", "current")
-        return _class_table(classes, counts, self.unit)
+        return _class_table(classes, {name: each.counts for name, each in found.items()}, self.unit)
 
     def _same_place(self, loader: str) -> dict[str, ConfigDict]:
         """By loader the data set of this one, and others that read the same files: test is mostly val once more."""
@@ -151,15 +155,24 @@ class DataCheck(ABC, Generic[Part]):
 
     def sample(self, items: Sequence[Any]) -> Sequence[Any]:
         """Those to look into: all, or some from all over."""
-        step = 1 if self.request.check == "all" else -(-len(items) // SAMPLE)
-        return items[:: max(1, step)]
+        return items if self.request.check == "all" else items[:: max(1, -(-len(items) // SAMPLE))]
+
+    @property
+    def dataset(self) -> ConfigDict:
+        """That of the config which is asked for its classes and settings: of training, or of the test."""
+        return leaf_datasets(self.cfg)[next(iter(self.request.parts.values()))]
 
     @property
     def own_classes(self) -> list[str]:
         """The classes of the config."""
-        dataset = next(iter(leaf_datasets(self.cfg).values()))
-        standard = self.registry.get(dataset.type).METAINFO
-        return list((dataset.get("metainfo") or {}).get("classes") or standard.get("classes") or [])
+        standard = self.registry.get(self.dataset.type).METAINFO
+        return list((self.dataset.get("metainfo") or {}).get("classes") or standard.get("classes") or [])
+
+
+def counted(noun: str, what: str, entries: Sequence[object], place: Path | None = None) -> list[str]:
+    """A message such as '2 images that cannot be read: a.jpg, b.jpg (in PLACE)', or none without entries."""
+    where = f" (in {place})" if place else ""
+    return [f"{plural(len(entries), noun)} {what}: {some(entries)}{where}"] if entries else []
 
 
 def in_threads(look: Callable[[Any], Any], items: Iterable[Any]) -> dict[Any, Any]:
@@ -167,52 +180,6 @@ def in_threads(look: Callable[[Any], Any], items: Iterable[Any]) -> dict[Any, An
     items = list(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(items, pool.map(look, items), strict=True))
-
-
-def leaf_datasets(cfg: Config) -> dict[str, ConfigDict]:
-    """The data set of each loader, out of wrappers such as RepeatDataset.
-
-    A loader of several data sets (ConcatDataset) is left out: nothing here can follow it.
-    """
-    found = {}
-    for loader in LOADERS:
-        dataset = (cfg.get(loader) or {}).get("dataset")
-        while dataset is not None and "dataset" in dataset:
-            dataset = dataset.dataset
-        if dataset is not None and "datasets" not in dataset:
-            found[loader] = dataset
-    return found
-
-
-def replace_root(cfg: Config, root: str) -> None:
-    """Put `root` in the place of every data_root of the config, wherever a path starts with it.
-
-    Raises:
-        RunError: the config names no data_root, or there is no folder `root`.
-    """
-    if not Path(root).is_dir():
-        raise RunError(f"no such data folder: {root}")
-    roots = {cfg.get("data_root"), *(dataset.get("data_root") for dataset in leaf_datasets(cfg).values())}
-    olds = sorted((old.rstrip("/") for old in roots if old), key=len, reverse=True)
-    if not olds:
-        raise RunError(f"{cfg.filename} names no data_root that DATA could replace")
-    new = Path(root)
-
-    def replaced(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: replaced(item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return type(value)(replaced(item) for item in value)
-        if isinstance(value, str):
-            for old in olds:
-                if value.rstrip("/") == old:
-                    return str(new)
-                if value.startswith(old + "/"):
-                    return str(new / value[len(old) + 1 :])
-        return value
-
-    for key in cfg:
-        cfg[key] = replaced(cfg[key])
 
 
 def image_size(path: Path, decode: bool) -> tuple[int, int] | None:
@@ -223,26 +190,6 @@ def image_size(path: Path, decode: bool) -> tuple[int, int] | None:
         return None if decode and mmcv.imread(path) is None else size
     except Exception:  # Pillow's plugins and OpenCV raise whatever their formats provoke
         return None
-
-
-def set_num_classes(model: Any, number: int) -> None:
-    """Give every head of a model in a config this number of classes.
-
-    Raises:
-        RunError: a loss weighs another number of classes.
-    """
-    if isinstance(model, dict):
-        for key, value in model.items():
-            if key == "num_classes" and not str(model.get("type")).endswith("RPNHead"):
-                model[key] = number
-            elif key == "class_weight" and isinstance(value, (list, tuple)):
-                if len(value) not in (number, number + 1):  # the one more is for the background
-                    raise RunError(f"class_weight of a loss in the config has {len(value)} values for {number} classes")
-            else:
-                set_num_classes(value, number)
-    elif isinstance(model, (list, tuple)):
-        for item in model:
-            set_num_classes(item, number)
 
 
 def choose_palette(metas: Iterable[Mapping[str, Any]], names: Sequence[str]) -> list[Colour]:
@@ -265,22 +212,7 @@ def choose_palette(metas: Iterable[Mapping[str, Any]], names: Sequence[str]) -> 
 
 def _class_table(names: Sequence[str], counts: Mapping[str, Mapping[int, int]], unit: str) -> str:
     """Classes with what each part has of them, as aligned text."""
-    width = max(len("class"), *(len(name) for name in names))
-    lines = [f"{'class':{width}}" + "".join(f"  {f'{part} {unit}':>16}" for part in counts)]
-    for i, name in enumerate(names):
-        lines.append(f"{name:{width}}" + "".join(f"  {count.get(i, 0):>16}" for count in counts.values()))
-    return "\n".join(lines)
-
-
-def _missing_in_training(names: Sequence[str], counts: Mapping[str, Mapping[int, int]]) -> list[str]:
-    """Classes that validation asks for and training never shows."""
-    if "train" not in counts or "val" not in counts:
-        return []
-    unseen = [name for i, name in enumerate(names) if counts["val"].get(i, 0) and not counts["train"].get(i, 0)]
-    return [f"classes that val has and train does not have: {some(unseen)}"] if unseen else []
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        lines = "".join(f"\n  - {problem}" for problem in problems)
-        raise RunError(f"the data set cannot be trained on as it is:{lines}\n  (--skip-data-check starts all the same)")
+    width = max(len("class"), *map(len, names))
+    rows: list[tuple[Any, ...]] = [("class", *(f"{part} {unit}" for part in counts))]
+    rows += [(name, *(count.get(i, 0) for count in counts.values())) for i, name in enumerate(names)]
+    return "\n".join(f"{name:{width}}" + "".join(f"  {value:>16}" for value in values) for name, *values in rows)

@@ -15,8 +15,8 @@ from mmengine.logging import MMLogger
 from ..common.errors import RunError, plural
 from ..common.files import lock_folder, remove_leftovers, was_restarted
 from .checkpoints import find_checkpoints, newest_readable
-from .configs import load_config
-from .datasets import Request, adapt_to_data, leaf_datasets
+from .configs import leaf_datasets, load_config
+from .datasets import Request, adapt_to_data
 from .machine import adapt_to_machine, on_main_process, start_processes
 from .options import parse_options
 from .runner import CarefulRunner
@@ -47,10 +47,13 @@ def work(script: str, argv: list[str]) -> None:
         adapt_to_machine(cfg, options.amp)
         if options.test:
             cfg.load_from = options.test
-            _forget_first_weights(cfg)
-            _test(cfg, options.show_dir)
         else:
             cfg = on_main_process(lambda: _prepare_folder(cfg, options, resources))
+        if cfg.get("load_from") and "init_cfg" in cfg.model.get("backbone", {}):
+            cfg.model.backbone.init_cfg = None  # the checkpoint has these weights, and their file may be out of reach
+        if options.test:
+            _test(cfg, options.show_dir)
+        else:
             _train(cfg, options.show_dir, script)
 
 
@@ -69,12 +72,7 @@ def _check_data(cfg: Config, options: Namespace) -> Config:
 
 
 def _prepare_folder(cfg: Config, options: Namespace, resources: ExitStack) -> Config:
-    """Take the work folder, and choose what the run in it starts from.
-
-    Args:
-        cfg: The config; afterwards it names the checkpoint to start from.
-        options: The command line.
-        resources: Keeps the lock of the folder until the end.
+    """Lock the work folder until the end of `resources`, and let the config name what the run in it starts from.
 
     Raises:
         RunError: another run is at work there, or has been, and the command line does not say what to do with it.
@@ -105,23 +103,10 @@ def _prepare_folder(cfg: Config, options: Namespace, resources: ExitStack) -> Co
     elif earlier:
         for path in [*earlier, *folder.glob("best_*.pth"), *folder.glob("last_checkpoint")]:
             path.unlink()
-    if cfg.get("load_from"):
-        _forget_first_weights(cfg)
     return cfg
 
 
-def _forget_first_weights(cfg: Config) -> None:
-    """A checkpoint has the weights that the backbone once began with, and their file may be out of reach."""
-    if "init_cfg" in cfg.model.get("backbone", {}):
-        cfg.model.backbone.init_cfg = None
-
-
 def _build_runner(cfg: Config) -> CarefulRunner:
-    """The runner of a config.
-
-    Raises:
-        RunError: the config says something that its libraries do not understand.
-    """
     try:
         return CarefulRunner.from_cfg(cfg)
     except (TypeError, ValueError, KeyError, AssertionError) as error:

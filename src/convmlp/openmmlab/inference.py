@@ -38,10 +38,9 @@ from ..common.files import write_atomically
 from ..common.images import read_image
 from ..weights import extract_state_dict, find_checkpoint, list_differences, shorten
 from .checkpoints import read_run_checkpoint
-from .configs import read_config
-from .datasets import Colour, choose_palette, leaf_datasets, set_num_classes
+from .configs import leaf_datasets, read_config, replace_sync_bn, set_num_classes
+from .datasets import Colour, choose_palette
 from .drawing import draw_instances, draw_label_map
-from .machine import replace_sync_bn
 
 # What the classes of a model are called that has their number and does not tell their names
 STANDARD = {"mmdet": "CocoDataset", "mmseg": "ADE20KDataset"}
@@ -102,7 +101,9 @@ def open_model(config: str, checkpoint: str, device: str = "auto", trust_checkpo
         CheckpointError: the checkpoint cannot be had or read, or does not fill the model; with the names of tensors.
     """
     chosen = choose_device(device)
-    cfg = _read_config(config)
+    cfg = read_config(config)
+    if not isinstance(cfg.get("model"), dict) or cfg.get("default_scope") not in STANDARD:
+        raise RunError(f"{config} is not the config of a model of mmdet or mmseg: model and default_scope say so")
     content = read_run_checkpoint(find_checkpoint(checkpoint), trust_checkpoint)
     with _library(cfg.default_scope):
         metas = _metas(content, cfg)
@@ -121,13 +122,6 @@ def open_model(config: str, checkpoint: str, device: str = "auto", trust_checkpo
     names = _class_names(metas, _number_of_classes(network, config))
     palette = choose_palette(metas, names)
     return TrainedModel(config, cfg.default_scope, network.to(chosen).eval(), pipeline, names, palette)
-
-
-def _read_config(config: str) -> Config:
-    cfg = read_config(config)
-    if not isinstance(cfg.get("model"), dict) or cfg.get("default_scope") not in STANDARD:
-        raise RunError(f"{config} is not the config of a model of mmdet or mmseg: model and default_scope say so")
-    return cfg
 
 
 @contextmanager
@@ -290,15 +284,10 @@ def predict_files(
     drawn: Callable[[Path], Path] | None = None,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[RunError]]:
-    """Open a model, and predict image by image.
+    """Open a model, see `open_model`, and predict image by image.
 
     Args:
-        paths: Image files.
-        config: See `open_model`; so are `checkpoint`, `device` and `trust_checkpoint`.
-        checkpoint: A file or URL.
-        device: Where to compute.
         score_threshold: Leave out detections below; None for `SCORE_THRESHOLD`. Not for a segmentor.
-        trust_checkpoint: Read by pickle.
         drawn: From the path of an image to that of its drawn copy.
         progress: Show a bar.
 

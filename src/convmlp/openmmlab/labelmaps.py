@@ -5,33 +5,27 @@ A label map is an image of one channel whose pixels are class numbers; 255 means
 
 import inspect
 import logging
-import os
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from mmengine.config import ConfigDict
+from mmengine.fileio import list_dir_or_file
 from mmengine.logging import print_log
 from mmseg.registry import DATASETS
 from PIL import Image
 
 from ..common.classes import SPLITS, read_class_names
 from ..common.errors import RunError, plural, some
-from .datasets import DataCheck, image_size, in_threads, leaf_datasets
+from .configs import leaf_datasets
+from .datasets import DataCheck, Findings, counted, image_size, in_threads
 
 IGNORED = 255
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-PLACES = (
-    ("images/{}", "annotations/{}"),
-    ("images/{}", "labels/{}"),
-    ("images/{}", "masks/{}"),
-    ("{}/images", "{}/annotations"),
-    ("{}/images", "{}/labels"),
-    ("{}/images", "{}/masks"),
-)
+LABELS = ("annotations", "labels", "masks")
+LAYOUTS = ("{kind}/{split}", "{split}/{kind}")
 TREE = """
   DATA/images/training/NAME.jpg           (or images/train/)
   DATA/images/validation/NAME.jpg         (or images/val/)
@@ -43,24 +37,25 @@ SINGLE_CHANNEL = ("L", "P", "1")
 
 
 @dataclass
-class Part:
-    """One part of a data set: its folders, and how the files in them end."""
+class Files:
+    """The images in a folder and below, with one suffix; `stems` are their paths without it."""
 
-    images: Path
-    labels: Path
-    image_suffix: str
-    label_suffix: str
+    folder: Path
+    suffix: str
+    stems: set[str]
 
-    @cached_property
-    def image_stems(self) -> set[str]:
-        return _stems(self.images, self.image_suffix)
-
-    @cached_property
-    def label_stems(self) -> set[str]:
-        return _stems(self.labels, self.label_suffix)
+    def path(self, stem: str) -> Path:
+        return self.folder / f"{stem}{self.suffix}"
 
 
-class Check(DataCheck[Part]):
+class Part(NamedTuple):
+    """One part of a data set."""
+
+    images: Files
+    labels: Files
+
+
+class Check(DataCheck):
     """The check of label maps, see `datasets.adapt_to_data`."""
 
     kind, unit, registry = "single folder of label maps", "pixels", DATASETS
@@ -72,7 +67,12 @@ class Check(DataCheck[Part]):
         root = Path(dataset.get("data_root") or "")
         prefix = dataset["data_prefix"]
         candidates = [(root / prefix["img_path"], root / prefix["seg_map_path"])]
-        candidates += [(root / a.format(split), root / b.format(split)) for split in SPLITS[name] for a, b in PLACES]
+        candidates += [
+            (root / layout.format(kind="images", split=split), root / layout.format(kind=kind, split=split))
+            for split in SPLITS[name]
+            for layout in LAYOUTS
+            for kind in LABELS
+        ]
         for images, labels in candidates:
             if images.is_dir() and labels.is_dir():
                 break
@@ -82,15 +82,14 @@ class Check(DataCheck[Part]):
             raise RunError(
                 f"there are no images and label maps for {name} in {root.resolve()}; expected is{TREE}{hint}"
             )
-        suffixes = (
-            _suffix(images, _setting(dataset, "img_suffix")),
-            _suffix(labels, _setting(dataset, "seg_map_suffix")),
-        )
-        return Part(images, labels, *suffixes)
+        img_suffix, map_suffix = _setting(dataset, "img_suffix"), _setting(dataset, "seg_map_suffix")
+        return Part(_find_images(images, img_suffix), _find_images(labels, map_suffix))
 
     def point(self, loader: str, dataset: ConfigDict, part: Part) -> None:
-        dataset["data_prefix"] = dict(img_path=str(part.images.resolve()), seg_map_path=str(part.labels.resolve()))
-        suffixes = dict(img_suffix=part.image_suffix, seg_map_suffix=part.label_suffix)
+        dataset["data_prefix"] = dict(
+            img_path=str(part.images.folder.resolve()), seg_map_path=str(part.labels.folder.resolve())
+        )
+        suffixes = dict(img_suffix=part.images.suffix, seg_map_suffix=part.labels.suffix)
         dataset.update({key: value for key, value in suffixes.items() if value != _setting(dataset, key)})
 
     def choose_classes(self) -> list[str]:
@@ -123,38 +122,34 @@ class Check(DataCheck[Part]):
             return None
         if self.request.classes != "auto":
             return Path(self.request.classes)
-        file = Path(next(iter(leaf_datasets(self.cfg).values())).get("data_root") or "") / CLASSES
+        file = Path(self.dataset.get("data_root") or "") / CLASSES
         return file if file.is_file() else None
 
-    def examine(self, name: str, part: Part, classes: list[str]) -> tuple[dict[int, int], list[str]]:
-        images, labels = part.image_stems, part.label_stems
-        problems = [
-            f"{plural(len(stems), noun)} {what}: {some(sorted(stems))}"
-            for noun, what, stems in (
-                ("image", f"without a label map in {part.labels}", images - labels),
-                ("label map", f"without an image in {part.images}", labels - images),
-            )
-            if stems
-        ]
-        pairs = sorted(images & labels)
+    def examine(self, name: str, part: Part, classes: list[str]) -> Findings:
+        images, labels = part.images, part.labels
+        problems = counted("image", f"without a label map in {labels.folder}", sorted(images.stems - labels.stems))
+        problems += counted("label map", f"without an image in {images.folder}", sorted(labels.stems - images.stems))
+        pairs = sorted(images.stems & labels.stems)
         chosen = self.sample(pairs)
         self.complete = self.complete and len(chosen) == len(pairs)
         found = in_threads(lambda stem: _look(part, stem, decode=self.request.check == "all"), chosen)
-        wrong = {stem: each for stem, each in found.items() if isinstance(each, str)}
-        for problem, count in Counter(wrong.values()).items():
-            names = [f"{stem}{part.label_suffix}" for stem, each in wrong.items() if each == problem]
-            problems.append(f"{plural(count, 'label map')} {problem}: {some(names)} (in {part.labels})")
-        pixels = {stem: each for stem, each in found.items() if stem not in wrong}
-        counts, more = self._count(part, pixels, len(classes), bool(wrong))
-        return counts, [f"{name}: {problem}" for problem in problems + more]
+        pixels = {stem: each for stem, each in found.items() if isinstance(each, np.ndarray)}
+        wrong = defaultdict(list)
+        for stem, each in found.items():
+            if isinstance(each, str):
+                wrong[each].append(f"{stem}{labels.suffix}")
+        for problem, names in wrong.items():
+            problems += counted("label map", problem, names, labels.folder)
+        counts, of_values = self._count(labels.folder, pixels, len(classes), complete=len(pixels) == len(found))
+        return Findings(counts, [f"{name}: {problem}" for problem in problems + of_values], [])
 
     def _count(
-        self, part: Part, pixels: dict[str, np.ndarray], classes: int, spoiled: bool
+        self, folder: Path, pixels: dict[str, np.ndarray], classes: int, complete: bool
     ) -> tuple[dict[int, int], list[str]]:
-        """Pixels of each class, and what is wrong with their values; of spoiled maps nothing is said of all."""
+        """Pixels of each class, and what is wrong with their values; of incomplete maps nothing is said of all."""
         total = sum(pixels.values(), np.zeros(256, dtype=np.int64))
         values = [value for value in np.flatnonzero(total).tolist() if value != IGNORED]
-        first = int(bool(_setting(next(iter(leaf_datasets(self.cfg).values())), "reduce_zero_label")))
+        first = int(bool(_setting(self.dataset, "reduce_zero_label")))
         last = classes - 1 + first
         outside = [value for value in values if value > last]
         problems = []
@@ -162,19 +157,19 @@ class Check(DataCheck[Part]):
             names = [stem for stem, counts in pixels.items() if counts[outside].any()]
             problems.append(
                 f"label values {some(outside, 10)} are outside of the {plural(classes, 'class')} ({first} to {last}) "
-                f"and not {IGNORED}, in {plural(len(names), 'label map')}: {some(names)} (in {part.labels})"
+                f"and not {IGNORED}, in {plural(len(names), 'label map')}: {some(names)} (in {folder})"
             )
-        elif pixels and not spoiled and not any(value >= first for value in values):
-            problems.append(f"no pixel of the label maps in {part.labels} belongs to a class")
-        elif not spoiled and values == [0] and total[IGNORED] and classes > 1:
+        elif complete and pixels and not any(value >= first for value in values):
+            problems.append(f"no pixel of the label maps in {folder} belongs to a class")
+        elif complete and values == [0] and total[IGNORED] and classes > 1:
             problems.append(
-                f"the label maps in {part.labels} hold nothing but 0 and {IGNORED}; {IGNORED} means left out, so a "
+                f"the label maps in {folder} hold nothing but 0 and {IGNORED}; {IGNORED} means left out, so a "
                 "mask of 0 and 255 must become 0 and 1"
             )
         return {value - first: int(total[value]) for value in values if first <= value <= last}, problems
 
 
-def _setting(dataset: dict[str, Any], name: str) -> Any:
+def _setting(dataset: ConfigDict, name: str) -> Any:
     """What a data set is given as an argument, else the default of its class, or of the one that this builds on."""
     if name in dataset:
         return dataset[name]
@@ -182,38 +177,28 @@ def _setting(dataset: dict[str, Any], name: str) -> Any:
     return next(parameters[name].default for parameters in signatures if name in parameters)
 
 
-def _suffix(folder: Path, expected: str) -> str:
-    """The ending of the files in a folder: the expected one if a file has it, else the commonest."""
-    names = [name for name in _files(folder) if name.lower().endswith(SUFFIXES) or name.endswith(expected)]
-    others = [name for name in names if not name.endswith(expected)]
-    if len(others) < len(names):
-        if others:
-            message = f"{folder}: {plural(len(others), 'file')} with another ending than {expected}: {some(others)}"
-            print_log(message, "current", logging.WARNING)
-        return expected
-    if not others:
+def _find_images(folder: Path, expected: str) -> Files:
+    """The images in a folder with the expected suffix if there are any, else with the commonest."""
+    names = list(list_dir_or_file(folder, list_dir=False, recursive=True))  # as mmseg finds them
+    others = [name for name in names if name.lower().endswith(SUFFIXES) and not name.endswith(expected)]
+    if any(name.endswith(expected) for name in names):
+        suffix = expected
+        for message in counted("file", f"with another ending than {expected}", others):
+            print_log(f"{folder}: {message}", "current", logging.WARNING)
+    elif others:
+        suffix = Counter(Path(name).suffix for name in others).most_common(1)[0][0]
+    else:
         raise RunError(f"{folder} holds no images ({', '.join(SUFFIXES)})")
-    return Counter(Path(name).suffix for name in others).most_common(1)[0][0]
-
-
-def _stems(folder: Path, suffix: str) -> set[str]:
-    return {name.removesuffix(suffix) for name in _files(folder) if name.endswith(suffix)}
-
-
-def _files(folder: Path) -> list[str]:
-    """All files in a folder and below, as mmengine finds them: through links, without hidden ones."""
-    walk = os.walk(folder, followlinks=True)
-    paths = (os.path.join(place, name) for place, _, names in walk for name in names if not name.startswith("."))
-    return [os.path.relpath(path, folder) for path in paths]
+    return Files(folder, suffix, {name.removesuffix(suffix) for name in names if name.endswith(suffix)})
 
 
 def _look(part: Part, stem: str, decode: bool) -> np.ndarray | str:
     """Pixels of a label map by value, or what is wrong with it; with `decode` its image is read whole."""
-    size = image_size(part.images / f"{stem}{part.image_suffix}", decode)
+    size = image_size(part.images.path(stem), decode)
     if size is None:
         return "of images that cannot be read"
     try:
-        with Image.open(part.labels / f"{stem}{part.label_suffix}") as image:
+        with Image.open(part.labels.path(stem)) as image:
             if image.size != size:
                 return "of another size than the image"
             if min(size) == 1:  # mmseg squeezes the side away

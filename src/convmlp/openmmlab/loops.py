@@ -3,7 +3,6 @@
 import copy
 import itertools
 from collections.abc import Callable
-from functools import partial
 
 from mmengine.dist import get_world_size
 from mmengine.runner import EpochBasedTrainLoop
@@ -45,13 +44,8 @@ def _without(loader: DataLoader, n: int) -> DataLoader:
     return rest
 
 
-def shield_workers(loader: DataLoader) -> DataLoader:
-    """Let the processes that load data go on when a scheduler signals all processes of a job."""
-    loader.worker_init_fn = partial(_start_worker, loader.worker_init_fn)
-    return loader
-
-
-def _start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+def start_worker(start: Callable[[int], None] | None, worker: int) -> None:
+    """Start a process that loads data; it goes on when a scheduler signals all processes of a job."""
     leave_signals_to_the_parent()
     if start:
         start(worker)

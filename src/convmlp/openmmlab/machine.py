@@ -1,18 +1,24 @@
 """The machine that a run is on: its processes, and a CPU where the config expects GPUs."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, init_dist, is_main_process
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.utils.dl_utils import set_multi_processing
+from torch import nn
 
 from ..common.devices import resolve_amp_dtype
 from ..common.errors import RunError
+from .configs import replace_sync_bn
 
 # By launcher: where it tells a process its number, how many there are, and its number on this machine
 ENVIRONMENT = {
@@ -104,13 +110,15 @@ def adapt_to_machine(cfg: Config, amp: bool) -> None:
         )
 
 
-def replace_sync_bn(node: Any) -> None:
-    """Make each SyncBN of a config a BN: it needs GPUs."""
-    if isinstance(node, dict):
-        if node.get("type") == "SyncBN":
-            node["type"] = "BN"
-        for value in node.values():
-            replace_sync_bn(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            replace_sync_bn(value)
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """Training steps in bfloat16 autocast; mmengine's AmpOptimWrapper, made for float16 on GPUs, refuses CPUs."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.device_type = get_device()
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        with super().optim_context(model), torch.autocast(self.device_type, torch.bfloat16):
+            yield

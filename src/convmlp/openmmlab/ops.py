@@ -37,7 +37,7 @@ class MissingOperator(RunError, NotImplementedError):
 
 def nms(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float, offset: int) -> torch.Tensor:
     """Indices of the boxes (n, 4) that stay, best score first. A box is `offset` pixels wider than x2 - x1."""
-    boxes = boxes.float() if boxes.dtype not in TORCHVISION_TYPES else boxes
+    boxes = _wide(boxes)
     corner = boxes.new_tensor([0, 0, offset, offset])
     return ops.nms(boxes + corner, scores.to(boxes.dtype), iou_threshold)
 
@@ -87,18 +87,10 @@ def roi_align_forward(
     output: torch.Tensor,
     argmax_y: torch.Tensor,
     argmax_x: torch.Tensor,
-    aligned_height: int,
-    aligned_width: int,
-    spatial_scale: float,
-    sampling_ratio: int,
-    pool_mode: int,
-    aligned: bool,
+    **settings: Any,
 ) -> None:
     """RoIAlign of (b, c, h, w) at `rois` (n, 5: image, x1, y1, x2, y2) into `output` (n, c, height, width)."""
-    _only_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    maps = _wide(input)
-    output.copy_(ops.roi_align(maps, rois.to(maps.dtype), size, spatial_scale, sampling_ratio, aligned))
+    output.copy_(_roi_align(_wide(input), rois, **settings))
 
 
 def roi_align_backward(
@@ -107,35 +99,57 @@ def roi_align_backward(
     argmax_y: torch.Tensor,
     argmax_x: torch.Tensor,
     grad_input: torch.Tensor,
+    **settings: Any,
+) -> None:
+    """The gradient of `roi_align_forward` for its input, into `grad_input` (b, c, h, w)."""
+    grad = _wide(grad_output)
+    with torch.enable_grad():
+        maps = torch.zeros_like(grad_input, dtype=grad.dtype, requires_grad=True)
+        pooled = _roi_align(maps, rois, **settings)
+    grad_input.copy_(torch.autograd.grad(pooled, maps, grad)[0])
+
+
+def _roi_align(
+    maps: torch.Tensor,
+    rois: torch.Tensor,
+    *,
     aligned_height: int,
     aligned_width: int,
     spatial_scale: float,
     sampling_ratio: int,
     pool_mode: int,
     aligned: bool,
-) -> None:
-    """The gradient of `roi_align_forward` for its input, into `grad_input` (b, c, h, w)."""
-    _only_average(pool_mode)
-    size = (aligned_height, aligned_width)
-    grad = _wide(grad_output)
-    with torch.enable_grad():
-        maps = torch.zeros_like(grad_input, dtype=grad.dtype, requires_grad=True)
-        pooled = ops.roi_align(maps, rois.to(grad.dtype), size, spatial_scale, sampling_ratio, aligned)
-    grad_input.copy_(torch.autograd.grad(pooled, maps, grad)[0])
-
-
-def _only_average(pool_mode: int) -> None:
-    if pool_mode != 1:
+) -> torch.Tensor:
+    if pool_mode != 1:  # the average
         _unavailable("roi_align with pool_mode='max'")
+    size = (aligned_height, aligned_width)
+    return ops.roi_align(maps, rois.to(maps.dtype), size, spatial_scale, sampling_ratio, aligned)
 
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
-    """torchvision's RoIAlign has no kernel for bfloat16, nor for float16 on CPUs."""
+    """torchvision has no NMS and no RoIAlign for bfloat16, nor for float16 on CPUs."""
     return x if x.dtype in TORCHVISION_TYPES else x.float()
 
 
+def sigmoid_focal_loss_forward(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, **settings: float
+) -> None:
+    """The loss of each logit into `output` (n, classes). An empty `weight` means none."""
+    output.copy_(_focal_loss(_wide(input), target, weight, **settings))
+
+
+def sigmoid_focal_loss_backward(
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, grad_input: torch.Tensor, **settings: float
+) -> None:
+    """The derivative of each loss by its logit into `grad_input` (n, classes)."""
+    with torch.enable_grad():
+        logits = _wide(input).detach().requires_grad_()
+        loss = _focal_loss(logits, target, weight, **settings).sum()
+    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
+
+
 def _focal_loss(
-    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, gamma: float, alpha: float
+    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, *, gamma: float, alpha: float
 ) -> torch.Tensor:
     """Focal loss (Lin et al. 2017) of logits (n, classes); target (n,), `classes` meaning background: (n, classes)."""
     classes = input.shape[1]
@@ -146,54 +160,19 @@ def _focal_loss(
     return loss
 
 
-def sigmoid_focal_loss_forward(
-    input: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, output: torch.Tensor, gamma: float, alpha: float
-) -> None:
-    """The loss of each logit into `output` (n, classes). An empty `weight` means none."""
-    output.copy_(_focal_loss(_wide(input), target, weight, gamma, alpha))
-
-
-def sigmoid_focal_loss_backward(
-    input: torch.Tensor,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    grad_input: torch.Tensor,
-    gamma: float,
-    alpha: float,
-) -> None:
-    """The derivative of each loss by its logit into `grad_input` (n, classes)."""
-    with torch.enable_grad():
-        logits = _wide(input).detach().requires_grad_()
-        loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
-    grad_input.copy_(torch.autograd.grad(loss, logits)[0])
-
-
-def get_compiler_version() -> str:
-    return "none: torchvision's operators"
-
-
-def get_compiling_cuda_version() -> str:
-    return "none: torchvision's operators"
-
-
-PROVIDED: dict[str, Callable[..., Any]] = {
-    function.__name__: function
-    for function in (
-        nms,
-        softnms,
-        roi_align_forward,
-        roi_align_backward,
-        sigmoid_focal_loss_forward,
-        sigmoid_focal_loss_backward,
-        get_compiler_version,
-        get_compiling_cuda_version,
-    )
-}
+OPERATORS = (
+    nms,
+    softnms,
+    roi_align_forward,
+    roi_align_backward,
+    sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_backward,
+)
+PROVIDED: dict[str, Callable[..., Any]] = {operator.__name__: operator for operator in OPERATORS}
 
 
 def _unavailable(name: str) -> NoReturn:
-    provided = ", ".join(key for key in PROVIDED if not key.startswith("get_"))
-    raise MissingOperator(f"the operator {name} needs {COMPILED}. Without one there are {provided}")
+    raise MissingOperator(f"the operator {name} needs {COMPILED}. Without one there are {', '.join(PROVIDED)}")
 
 
 class _StandIn(ModuleType):
@@ -202,6 +181,8 @@ class _StandIn(ModuleType):
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name in ("get_compiler_version", "get_compiling_cuda_version"):  # for mmcv's report of the environment
+            return lambda: "none: torchvision's operators"
         return PROVIDED.get(name) or (lambda *args, **kwargs: _unavailable(name))
 
 

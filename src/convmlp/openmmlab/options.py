@@ -11,6 +11,7 @@ from ..common.configs import find_config
 from ..common.errors import RunError
 
 LAUNCHERS = ("auto", "none", "pytorch", "slurm", "mpi")
+EXCLUSIVE = (("test", "resume", "check_data"), ("resume", "overwrite"), ("check_data", "skip_data_check"))
 
 
 class _ConfigValues(DictAction):
@@ -94,20 +95,21 @@ def parse_options(argv: list[str], script: str) -> argparse.Namespace:
             raise RunError(f"--{name}: no such file: {file}")
     if options.classes not in ("auto", "config") and not Path(options.classes).is_file():
         raise RunError(f"--classes: no such file: {options.classes}")
-    exclusive = [name for name in ("test", "resume", "check_data") if getattr(options, name)]
-    if len(exclusive) > 1:
-        raise RunError(f"give one of {' and '.join('--' + name.replace('_', '-') for name in exclusive)}")
-    if options.resume and options.overwrite:
-        raise RunError("give one of --resume and --overwrite")
+    for names in EXCLUSIVE:
+        given = [_option(name) for name in names if getattr(options, name)]
+        if len(given) > 1:
+            raise RunError(f"give one of {' and '.join(given)}")
     for name in ("amp", "auto_scale_lr", "overwrite", "tensorboard"):
         if options.test and getattr(options, name):
-            raise RunError(f"--{name.replace('_', '-')} is for training, not for --test")
+            raise RunError(f"{_option(name)} is for training, not for --test")
     for name in ("work_dir", "show_dir"):
         folder = getattr(options, name)
         if folder and Path(folder).exists() and not Path(folder).is_dir():
-            raise RunError(f"--{name.replace('_', '-')} is a folder, got the file {folder}")
+            raise RunError(f"{_option(name)} is a folder, got the file {folder}")
     if options.seed is not None and not 0 <= options.seed < 2**32:
         raise RunError(f"--seed lies between 0 and {2**32 - 1}, got {options.seed}")
-    if options.check_data and options.skip_data_check:
-        raise RunError("give one of --check-data and --skip-data-check")
     return options
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

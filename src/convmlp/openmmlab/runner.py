@@ -1,6 +1,7 @@
 """mmengine's Runner, made to work without a GPU and to be careful with checkpoints."""
 
 import signal
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..common.signals import StopRequest
 from ..weights import extract_state_dict, list_differences, shorten
 from .checkpoints import read_run_checkpoint
 from .hooks import AverageHook, LateRemovalHook, StopHook, WatchHook, average_statistics
-from .loops import ResumableEpochLoop, shield_workers
+from .loops import ResumableEpochLoop, start_worker
 from .machine import on_main_process
 
 BACKBONE = "backbone."
@@ -60,7 +61,9 @@ class CarefulRunner(Runner):
     def build_dataloader(
         dataloader: DataLoader | dict, seed: int | None = None, diff_rank_seed: bool = False
     ) -> DataLoader:
-        return shield_workers(Runner.build_dataloader(dataloader, seed, diff_rank_seed))
+        loader = Runner.build_dataloader(dataloader, seed, diff_rank_seed)
+        loader.worker_init_fn = partial(start_worker, loader.worker_init_fn)
+        return loader
 
     def train(self) -> nn.Module:
         """As in Runner.
@@ -209,10 +212,6 @@ class CarefulRunner(Runner):
         on_main_process(write)
         if kwargs.get("save_optimizer", True):  # one of the best has none
             self.last_saved = file
-            self._remove_stop_file(file, file if meta.get("remove_later") else None)
-
-    def _remove_stop_file(self, saved: Path, new: Path | None) -> None:
-        """The checkpoint of an earlier stop has served, once there is a later one."""
-        old, self.stop_file = self.stop_file, new
-        if old and is_main_process() and old.resolve() != saved.resolve():
-            old.unlink(missing_ok=True)
+            served, self.stop_file = self.stop_file, file if meta.get("remove_later") else None
+            if served and is_main_process() and served.resolve() != file.resolve():
+                served.unlink(missing_ok=True)
