@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -178,16 +178,17 @@ def _can_compile(device: torch.device) -> bool:
 
 @torch.no_grad()
 def _compile(network: _Network, example: torch.Tensor, backend: str) -> tuple[str, Run, torch.Size]:
-    if backend == "inductor" and example.device.type == "cuda":
-        run = _cuda_graphs(network)
-    else:
-        run = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}[backend](network, example)
+    run = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}[backend](network, example)
     run(example)  # what fails must fail here
     return backend, run, example.shape
 
 
 def _inductor(network: _Network, example: torch.Tensor) -> Run:
-    """Compiled ahead of time: no guards in Python, and Linear layers in oneDNN's kernels, also in float32."""
+    """On a CPU ahead of time: no guards in Python, and Linear layers in oneDNN's kernels, also in float32."""
+    if example.device.type == "cuda":
+        compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
+        # CUDA graphs write the outputs of the next call to the same place
+        return lambda x: tree_map_only(torch.Tensor, torch.Tensor.clone, compiled(x))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         package = torch._inductor.aoti_compile_and_package(
@@ -196,12 +197,6 @@ def _inductor(network: _Network, example: torch.Tensor) -> Run:
             inductor_configs={"freezing": True},  # weights are constants, so they can be packed
         )
         return torch._inductor.aoti_load_package(package)
-
-
-def _cuda_graphs(network: _Network) -> Run:
-    compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
-    # the next call writes its outputs to the same place
-    return lambda x: tree_map_only(torch.Tensor, torch.Tensor.clone, compiled(x))
 
 
 def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
@@ -214,12 +209,7 @@ def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
         torch.onnx.export(network, (example,), path, dynamo=True, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-
-    def run(x: torch.Tensor) -> Any:
-        outputs = [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    return run
+    return lambda x: _to_tensors(session.run(None, {name: x.numpy()}))
 
 
 def _openvino(network: _Network, example: torch.Tensor) -> Run:
@@ -235,9 +225,10 @@ def _openvino(network: _Network, example: torch.Tensor) -> Run:
             "PERFORMANCE_HINT": "LATENCY",
         },
     )
+    return lambda x: _to_tensors(compiled(x.numpy()).values())
 
-    def run(x: torch.Tensor) -> Any:
-        outputs = [torch.from_numpy(output) for output in compiled(x.numpy()).values()]
-        return outputs[0] if len(outputs) == 1 else outputs
 
-    return run
+def _to_tensors(outputs: Iterable[Any]) -> Any:
+    """What a back end in NumPy gives, as the model gives it: one output alone, several in a list."""
+    tensors = [torch.from_numpy(output) for output in outputs]
+    return tensors[0] if len(tensors) == 1 else tensors

@@ -112,10 +112,8 @@ def find_class(classifier: Classifier, wanted: str) -> int:
     Raises:
         RunError: there is none; the nearest name is offered.
     """
-    names: dict[str, int] = {}
-    for i, name in enumerate(classifier.class_names):
-        for spelling in (name, *name.split(", ")):
-            names.setdefault(spelling.lower(), i)
+    numbered = reversed([*enumerate(classifier.class_names)])  # of two classes of one name the first is meant
+    names = {spelling.lower(): i for i, name in numbered for spelling in (name, *name.split(", "))}
     if wanted.lower() in names:
         return names[wanted.lower()]
     if wanted.isdecimal() and int(wanted) < len(classifier.class_names):
@@ -171,8 +169,7 @@ def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
         filters = first_filters(classifier)
         low, high = filters.min((1, 2, 3), keepdims=True), filters.max((1, 2, 3), keepdims=True)
         tiles = (filters - low) / np.maximum(high - low, 1e-12)
-        if tiles.shape[-1] == 1:
-            tiles = tiles.repeat(3, -1)
+        tiles = tiles.repeat(3 // tiles.shape[-1], -1)  # grey ones too as colours
         axis.axis("off")
         axis.imshow(_tiles(tiles, math.ceil(math.sqrt(len(tiles)))), interpolation="nearest")
         what = f"{len(filters)} filters of {filters.shape[1]}x{filters.shape[2]}"
@@ -182,13 +179,8 @@ def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
 
 def first_filters(classifier: Classifier) -> np.ndarray:
     """Up to 64 kernels of the first convolution, (n, h, w, channels); channels are 1 or 3."""
-    name = layer_names(classifier.name)[1]
-    try:
-        layer = classifier.model.get_submodule(name)
-    except AttributeError:
-        layer = None
-    if not name or not isinstance(layer, nn.Conv2d):
-        layer = next((m for m in classifier.model.modules() if isinstance(m, nn.Conv2d)), None)
+    convs = {name: m for name, m in classifier.model.named_modules() if isinstance(m, nn.Conv2d)}
+    layer = convs.get(layer_names(classifier.name)[1], next(iter(convs.values()), None))
     if layer is None or layer.weight.shape[1] not in (1, 3):
         raise RunError(f"{classifier.name} does not begin with a convolution of an image")
     return layer.weight.detach().float().cpu().numpy()[:MAX_FILTERS].transpose(0, 2, 3, 1)
@@ -217,6 +209,6 @@ def _show_input(axis: matplotlib.axes.Axes, image: Image.Image, classifier: Clas
     """Show what the model sees of an image, and return it: uint8 (h, w, channels)."""
     config = classifier.data_config
     pixels = to_image(classifier.preprocess([image])[0], config["mean"], config["std"])
-    axis.imshow(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels)
+    axis.imshow(pixels.repeat(3 // pixels.shape[-1], -1))
     axis.set_title(f"input, {pixels.shape[1]}x{pixels.shape[0]}", fontsize=8)
     return pixels
