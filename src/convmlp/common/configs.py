@@ -18,10 +18,7 @@ def config_folder() -> Path:
 
 
 def list_configs(task: str = "", bases: bool = False) -> list[Path]:
-    """The configs to run, relative to their folder; of one `task`, or all.
-
-    With `bases` also those that only others build on.
-    """
+    """The configs of a task, or all, relative to their folder; with `bases` also those that only others build on."""
     folder = config_folder()
     files = sorted(file.relative_to(folder) for kind in ("py", "yml") for file in (folder / task).rglob(f"*.{kind}"))
     return [file for file in files if bases or BASES not in file.parts]
@@ -63,11 +60,7 @@ def title(config: Path) -> str:
 
 
 def copy_configs(destination: Path) -> int:
-    """Copy all configs, with those they build on, into a new folder; returns how many files that are.
-
-    Raises:
-        RunError: the folder exists, or cannot be written.
-    """
+    """Copy all configs into a new folder, or raise `RunError`; returns how many files that are."""
     if destination.exists():
         raise RunError(f"{destination} exists: name a new folder")
     try:
@@ -78,14 +71,9 @@ def copy_configs(destination: Path) -> int:
 
 
 def copy_config(name: str, destination: Path) -> None:
-    """Copy one YAML config into a new file; what it builds on is found in the package.
-
-    Raises:
-        RunError: there is no such config, the file exists or cannot be written, or it is one of mmengine's, which
-            look for what they build on beside themselves.
-    """
+    """Copy one YAML config into a new file, or raise `RunError`; what it builds on is found in the package."""
     config = find_config(name)
-    if config.suffix == ".py":
+    if config.suffix == ".py":  # mmengine looks for the base of a config beside it
         raise RunError(f"{name} builds on configs beside it: `convmlp configs --copy DIR` copies them all")
     if destination.exists():
         raise RunError(f"{destination} exists: name a new file")

@@ -85,10 +85,7 @@ def _tiles(tiles: np.ndarray, columns: int) -> np.ndarray:
 def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Sequence[str] = ()) -> Figure:
     """Grad-CAM (Selvaraju et al. 2017): where a model looks for a class, red where most; a row a model.
 
-    Args:
-        image: A Pillow image.
-        classifiers: See `open_classifier`.
-        wanted: Names or numbers of the classes to look for; by default the one that each model finds.
+    `wanted` are names or numbers of the classes to look for; by default the one that each model finds.
     """
     columns, side = 1 + max(1, len(wanted)), 2.7
     figure, rows = _rows(classifiers, side * columns, 3.1, [1] * columns)
@@ -107,11 +104,7 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
 
 
 def find_class(classifier: Classifier, wanted: str) -> int:
-    """The number of a class by its name, one of its synonyms ("tabby, tabby cat" is both), or its number.
-
-    Raises:
-        RunError: there is none; the nearest name is offered.
-    """
+    """The number of a class by its name, one of its synonyms ("tabby, tabby cat" is both), or its number."""
     numbered = reversed([*enumerate(classifier.class_names)])  # of two classes of one name the first is meant
     names = {spelling.lower(): i for i, name in numbered for spelling in (name, *name.split(", "))}
     if wanted.lower() in names:
@@ -122,11 +115,7 @@ def find_class(classifier: Classifier, wanted: str) -> int:
 
 
 def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
-    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w).
-
-    Raises:
-        RunError: the model has no such map, or one of a single place.
-    """
+    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
