@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,16 +140,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     that indices stay. Logits differ from those of the model by rounding, below 1e-5 of the largest in float32.
     """
     model = copy.deepcopy(model).eval()
-    for sequential in [module for module in model.modules() if _runs_in_order(module)]:
+    for sequential in [*model.modules()]:
+        if not isinstance(sequential, nn.Sequential) or type(sequential).forward is not nn.Sequential.forward:
+            continue
         for i, (conv, norm) in enumerate(pairwise(sequential)):
             # nobody knows what else a subclass does: timm's have an activation, or standardise their weights
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
                 sequential[i], sequential[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity().eval()
     return model
-
-
-def _runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 class _Network(nn.Module):

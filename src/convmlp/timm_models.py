@@ -213,14 +213,12 @@ def load_weights(
     class_names: Sequence[str] | None = None,
     new_head: bool = False,
 ) -> None:
-    """Load a checkpoint that was read from `path`.
-
-    The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    """Load a checkpoint that was read from `path`; its normalisation goes into the model's `pretrained_cfg`.
 
     Args:
         model: Any model of timm.
         checkpoint: A state_dict, or a training checkpoint.
-        path: Where it comes from, for messages.
+        path: For messages.
         use_ema: Prefer the averaged weights where there are some.
         class_names: Those of the data, if they matter.
         new_head: Where the classes of the checkpoint differ, in number or by name, start the head afresh.

@@ -90,10 +90,7 @@ def expected_hash(url: str) -> str:
     """The SHA-256 that a URL says its file has, or its beginning, or ''.
 
     It stands behind the URL as #sha256=HEX, or in the name as torch.hub has it: NAME-HEX.pth, eight digits or more.
-    Decimal digits alone are taken for a date.
-
-    Raises:
-        CheckpointError: something else stands behind the #.
+    Decimal digits alone are taken for a date. Anything else behind the # raises `CheckpointError`.
     """
     address, fragment = urldefrag(url)
     if fragment:
@@ -137,7 +134,7 @@ def download(urls: Sequence[str], progress: bool = False, name: str | None = Non
             folder.mkdir(parents=True, exist_ok=True)
             _fetch(url, partial, progress)
             _check_hash(partial, expected)
-            _read(partial, target.suffix)
+            read_checkpoint(partial, target.suffix)
             os.replace(partial, target)
             return target
         except (OSError, HTTPException, ValueError, CheckpointError) as error:
@@ -150,12 +147,7 @@ def download(urls: Sequence[str], progress: bool = False, name: str | None = Non
 
 
 def _fetch(url: str, path: Path, progress: bool) -> None:
-    """Write what a URL sends.
-
-    Raises:
-        CheckpointError: it is too large or breaks off.
-        OSError, HTTPException, ValueError: it cannot be had.
-    """
+    """Write what a URL sends, or raise `CheckpointError` if it is too large or breaks off."""
     request = Request(url, headers={"User-Agent": "torch.hub"})  # some servers refuse Python's own name
     with urlopen(request, timeout=TIMEOUT) as answer, path.open("wb") as file:
         length = getattr(answer, "length", None)
@@ -173,21 +165,21 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
         raise CheckpointError(f"the connection broke off after {size} of {length} bytes")
 
 
-def read_checkpoint(path: str | os.PathLike) -> Any:
+def read_checkpoint(path: str | os.PathLike, suffix: str | None = None) -> Any:
     """The content of a checkpoint on the CPU, by safetensors or `torch.load(weights_only=True)`: no code runs.
+
+    Args:
+        path: A file.
+        suffix: That of its final name, if it has another one for now.
 
     Raises:
         CheckpointError: it is missing, damaged, a TorchScript archive, or holds more than tensors and plain values.
     """
     path = Path(path)
-    return _read(path, path.suffix)
-
-
-def _read(path: Path, suffix: str) -> Any:
     if not os.path.isfile(path):  # Path.is_file fails on a name that is too long
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
-        if suffix == ".safetensors":
+        if (suffix or path.suffix) == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)

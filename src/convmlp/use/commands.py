@@ -48,9 +48,8 @@ def _predict(options: argparse.Namespace) -> int:
     if options.save_dir is not None:
         make_folder(Path(options.save_dir))
         copies = [Path(options.save_dir, name) for name in tables.drawn_names(paths)]
-        for copy in copies:
-            if copy.resolve() in {path.resolve() for path in paths}:
-                raise RunError(f"--save-dir {options.save_dir} holds the images: {copy.name} would be replaced")
+        if replaced := {copy.resolve() for copy in copies} & {path.resolve() for path in paths}:
+            raise RunError(f"--save-dir {options.save_dir} holds the images: {min(replaced).name} would be replaced")
         drawn = dict(zip(paths, copies, strict=True)).__getitem__
     rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths, drawn)
 
