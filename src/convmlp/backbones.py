@@ -11,22 +11,14 @@ from .model import VARIANTS, ConvMLP
 
 
 def variant_settings(arch: str) -> dict[str, Any]:
-    """The arguments of `ConvMLP` for a variant.
-
-    Raises:
-        ValueError: it is unknown; the nearest is offered.
-    """
+    """The arguments of `ConvMLP` for a variant; raises `ValueError` if it is unknown."""
     if arch not in VARIANTS:
         raise ValueError(f"arch must be one of {', '.join(VARIANTS)}, got {arch!r}{suggest(str(arch), VARIANTS)}")
     return VARIANTS[arch]
 
 
 def check_choice(model: ConvMLP, out_indices: Sequence[int], frozen_stages: int) -> None:
-    """Make sure that a model has these maps, in increasing order, and these parts.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Make sure that a model has these maps, in increasing order, and these parts, or raise `ValueError`."""
     levels, parts = len(model.feature_info), len(model.parts())
     if not out_indices or list(out_indices) != sorted({*out_indices} & {*range(levels)}):
         raise ValueError(f"out_indices must be increasing numbers from 0 to {levels - 1}, got {out_indices=}")

@@ -6,10 +6,10 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,16 +140,14 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     that indices stay. Logits differ from those of the model by rounding, below 1e-5 of the largest in float32.
     """
     model = copy.deepcopy(model).eval()
-    for sequential in [module for module in model.modules() if _runs_in_order(module)]:
+    for sequential in [*model.modules()]:
+        if not isinstance(sequential, nn.Sequential) or type(sequential).forward is not nn.Sequential.forward:
+            continue
         for i, (conv, norm) in enumerate(pairwise(sequential)):
             # nobody knows what else a subclass does: timm's have an activation, or standardise their weights
             if type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats:
                 sequential[i], sequential[i + 1] = fuse_conv_bn_eval(conv, norm), nn.Identity().eval()
     return model
-
-
-def _runs_in_order(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 class _Network(nn.Module):
@@ -178,16 +176,17 @@ def _can_compile(device: torch.device) -> bool:
 
 @torch.no_grad()
 def _compile(network: _Network, example: torch.Tensor, backend: str) -> tuple[str, Run, torch.Size]:
-    if backend == "inductor" and example.device.type == "cuda":
-        run = _cuda_graphs(network)
-    else:
-        run = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}[backend](network, example)
+    run = {"inductor": _inductor, "onnxruntime": _onnxruntime, "openvino": _openvino}[backend](network, example)
     run(example)  # what fails must fail here
     return backend, run, example.shape
 
 
 def _inductor(network: _Network, example: torch.Tensor) -> Run:
-    """Compiled ahead of time: no guards in Python, and Linear layers in oneDNN's kernels, also in float32."""
+    """On a CPU ahead of time: no guards in Python, and Linear layers in oneDNN's kernels, also in float32."""
+    if example.device.type == "cuda":
+        compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
+        # CUDA graphs write the outputs of the next call to the same place
+        return lambda x: tree_map_only(torch.Tensor, torch.Tensor.clone, compiled(x))
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         package = torch._inductor.aoti_compile_and_package(
@@ -196,12 +195,6 @@ def _inductor(network: _Network, example: torch.Tensor) -> Run:
             inductor_configs={"freezing": True},  # weights are constants, so they can be packed
         )
         return torch._inductor.aoti_load_package(package)
-
-
-def _cuda_graphs(network: _Network) -> Run:
-    compiled = torch.compile(network, mode="reduce-overhead", dynamic=False)
-    # the next call writes its outputs to the same place
-    return lambda x: tree_map_only(torch.Tensor, torch.Tensor.clone, compiled(x))
 
 
 def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
@@ -214,12 +207,7 @@ def _onnxruntime(network: _Network, example: torch.Tensor) -> Run:
         torch.onnx.export(network, (example,), path, dynamo=True, external_data=False, verbose=False)
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-
-    def run(x: torch.Tensor) -> Any:
-        outputs = [torch.from_numpy(output) for output in session.run(None, {name: x.numpy()})]
-        return outputs[0] if len(outputs) == 1 else outputs
-
-    return run
+    return lambda x: _to_tensors(session.run(None, {name: x.numpy()}))
 
 
 def _openvino(network: _Network, example: torch.Tensor) -> Run:
@@ -235,9 +223,10 @@ def _openvino(network: _Network, example: torch.Tensor) -> Run:
             "PERFORMANCE_HINT": "LATENCY",
         },
     )
+    return lambda x: _to_tensors(compiled(x.numpy()).values())
 
-    def run(x: torch.Tensor) -> Any:
-        outputs = [torch.from_numpy(output) for output in compiled(x.numpy()).values()]
-        return outputs[0] if len(outputs) == 1 else outputs
 
-    return run
+def _to_tensors(outputs: Iterable[Any]) -> Any:
+    """What a back end in NumPy gives, as the model gives it: one output alone, several in a list."""
+    tensors = [torch.from_numpy(output) for output in outputs]
+    return tensors[0] if len(tensors) == 1 else tensors

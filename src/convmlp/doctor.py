@@ -51,10 +51,10 @@ def examine() -> Iterator[tuple[str, list[Finding]]]:
     """The parts of an installation in turn: the title, and its findings."""
     yield "machine", _machine()
     requirements = [Requirement(text) for text in metadata.requires(PACKAGE) or []]
-    base = [r for r in requirements if not r.marker or "extra" not in str(r.marker)]
+    base = [r for r in requirements if "extra" not in str(r.marker)]
     yield "models", [*_packages(base), _try("torchvision works with this PyTorch", _use_torchvision)]
     for extra, purpose in GROUPS.items():
-        own = [r for r in requirements if r.marker and f'extra == "{extra}"' in str(r.marker) and r.name != PACKAGE]
+        own = [r for r in requirements if f'extra == "{extra}"' in str(r.marker) and r.name != PACKAGE]
         findings = _packages(own)
         if extra == "openmmlab" and not any(finding.state == MISSING for finding in findings):
             findings.append(_try("operators of mmcv", _operators))
@@ -70,8 +70,7 @@ def _machine() -> list[Finding]:
         from .common.devices import resolve_amp_dtype
     except Exception as error:
         return [*findings, Finding("devices", BROKEN, f"PyTorch cannot be imported: {error}", "pip install torch")]
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    devices = {f"cuda:{i}": name for i, name in enumerate(names)}
+    devices = {f"cuda:{i}": torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
     if torch.backends.mps.is_available():
         devices["mps"] = "Apple GPU"
     devices["cpu"] = f"threads: {torch.get_num_threads()}, {torch.backends.cpu.get_cpu_capability()}"
@@ -79,7 +78,7 @@ def _machine() -> list[Finding]:
         dtype = resolve_amp_dtype("auto", torch.device(device))
         amp = f"mixed precision in {str(dtype).removeprefix('torch.')}" if dtype else "float32 only"
         findings.append(Finding(device, GOOD, f"{description}; {amp}"))
-    if not names and torch.version.cuda and Path("/proc/driver/nvidia").exists():
+    if not torch.cuda.is_available() and torch.version.cuda and Path("/proc/driver/nvidia").exists():
         detail = f"an NVIDIA driver is installed, but PyTorch (CUDA {torch.version.cuda}) finds no GPU"
         findings.append(Finding("cuda", BROKEN, detail, "nvidia-smi  # is the driver new enough?"))
     return findings
@@ -96,7 +95,7 @@ def _packages(requirements: list[Requirement]) -> list[Finding]:
 def _package(requirement: Requirement) -> Finding:
     """Whether a package is installed, in a required version, and can be imported."""
     name = requirement.name
-    fix = f"pip install '{_plain(requirement)}'"
+    fix = f"pip install '{name}{requirement.specifier}'"
     rivals = {rival: found for rival in RIVALS.get(name, ()) if (found := _version(rival))}
     version = _version(name)
     if version and rivals:
@@ -118,10 +117,6 @@ def _package(requirement: Requirement) -> Finding:
         return version
 
     return _try(name, use, fix)
-
-
-def _plain(requirement: Requirement) -> str:
-    return f"{requirement.name}{requirement.specifier}"
 
 
 def _version(name: str) -> str | None:
@@ -149,7 +144,7 @@ def _use_torchvision() -> str:
 
 
 def _operators() -> str:
-    """Whether Whether mmdet and mmseg import, and where mmcv's operators come from."""
+    """Whether mmdet and mmseg import, and where mmcv's operators come from."""
     logging.disable(logging.INFO)  # the finding says it
     try:
         for module in (f"{PACKAGE}.openmmlab", "mmcv.ops", "mmdet.models", "mmseg.models"):
@@ -178,17 +173,18 @@ def _weights() -> list[Finding]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    healthy, missing = True, False
+    states = set()
     for title, findings in examine():
-        print(f"{title}")
-        for finding in findings:
-            fix = f"  ->  {finding.fix}" if finding.fix and finding.state != GOOD else ""
-            print(f"  {finding.state:8}{finding.subject:36}{finding.detail}{fix}")
-            healthy &= finding.state != BROKEN
-            missing |= finding.state in (MISSING, UNFIT)
-    what_works = "what is missing is needed only for its part" if missing else "everything is installed"
-    print(f"healthy: {what_works}" if healthy else "not healthy: see BROKEN above")
-    return 0 if healthy else 1
+        print(title)
+        for subject, state, detail, fix in findings:
+            hint = f"  ->  {fix}" if fix and state != GOOD else ""
+            print(f"  {state:8}{subject:36}{detail}{hint}")
+            states.add(state)
+    if BROKEN in states:
+        print("not healthy: see BROKEN above")
+        return 1
+    print("healthy:", "what is missing is needed only for its part" if states > {GOOD} else "everything is installed")
+    return 0
 
 
 VERB = Verb(

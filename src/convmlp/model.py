@@ -161,18 +161,16 @@ class ConvMLP(nn.Module):
         names = [info["module"] for info in self.feature_info]
         deepest = names[max(wanted)]
         maps = []
-        stopped = False
         for name, module in self.parts().items():
             x = module(x)
             if name in names and names.index(name) in wanted:
                 out = self._normalize(x) if norm and name == names[-1] else x
                 maps.append(out if output_fmt == "NCHW" else out.permute(0, 2, 3, 1))
             if stop_early and name == deepest:
-                stopped = name != names[-1]
                 break
         if intermediates_only:
             return maps
-        return (x if stopped else self._normalize(x)), maps
+        return (x if stop_early and deepest != names[-1] else self._normalize(x)), maps
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,11 @@ def _cfg(**kwargs: Any) -> dict[str, Any]:
     }
 
 
-def _fine_tuned(dataset: str) -> dict[str, Any]:
-    """What the config of a data set says of its classes and of how its images are normalised."""
+@cache
+def _differences(dataset: str) -> dict[str, Any]:
+    """What timm's table says otherwise than for ImageNet: the classes, and how images are normalised."""
+    if dataset == "imagenet":
+        return {}
     config = yaml.safe_load((config_folder() / f"classification/_base_/{dataset}.yml").read_text(encoding="utf-8"))
     names = getattr(Flowers102, "classes", None) if dataset == "flowers102" else None  # from torchvision 0.22 on
     return dict(
@@ -60,25 +64,16 @@ def _fine_tuned(dataset: str) -> dict[str, Any]:
     )
 
 
-# By the tag of timm: the name in the file, and the settings that differ from ImageNet's
-_DATASETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "in1k": ("imagenet", {}),
-    **{f"in1k_ft_{name}": (name, _fine_tuned(name)) for name in ("cifar10", "cifar100", "flowers102")},
-}
+_TAGS = {"imagenet": "in1k", **{name: f"in1k_ft_{name}" for name in ("cifar10", "cifar100", "flowers102")}}
 
 # By the address that timm's tables have, which is that of the first mirror: what `checkpoint_urls` takes
-_PUBLISHED = {
-    checkpoint_urls(variant, dataset)[0]: (variant, dataset)
-    for variant in VARIANTS
-    for dataset, _ in _DATASETS.values()
-}
+_PUBLISHED = {checkpoint_urls(variant, dataset)[0]: (variant, dataset) for variant in VARIANTS for dataset in _TAGS}
 
 default_cfgs = generate_default_cfgs(
     {
         **{
-            f"{variant}.{tag}": _cfg(url=checkpoint_urls(variant, dataset)[0], **settings)
-            for variant in VARIANTS
-            for tag, (dataset, settings) in _DATASETS.items()
+            f"{variant}.{_TAGS[dataset]}": _cfg(url=url, **_differences(dataset))
+            for url, (variant, dataset) in _PUBLISHED.items()
         },
         **{f"{variant}_classification.in1k": _cfg(url=checkpoint_urls(variant)[0]) for variant in VARIANTS},
         **{variant: _cfg(first_conv="tokenizer.projection") for variant in (*PURE_MLPS, "pure_mlp")},
@@ -101,19 +96,6 @@ def _fit(state_dict: dict[str, torch.Tensor], model: TimmModel) -> dict[str, tor
     return adapted
 
 
-def _published_file(
-    name: str, pretrained_cfg: Any, overlay: dict[str, Any], cache_dir: str | Path | None, progress: bool
-) -> Path | None:
-    """The published file that timm would load, from any of its mirrors, or None where it would load another one."""
-    cfg = resolve_pretrained_cfg(name, pretrained_cfg, overlay)
-    if cfg.file or cfg.state_dict or cfg.hf_hub_id or cfg.url not in _PUBLISHED:
-        return None
-    folder = Path(cache_dir) if cache_dir else None
-    path = download(checkpoint_urls(*_PUBLISHED[cfg.url]), progress, folder=folder)
-    read_checkpoint(path)  # timm would not notice flipped bits
-    return path
-
-
 def _create(
     name: str,
     pretrained: bool = False,
@@ -126,10 +108,12 @@ def _create(
     overlay = {**(settings.pop("pretrained_cfg_overlay", None) or {})}
     if not settings.get("conv_stage", True):
         overlay["first_conv"] = "tokenizer.projection"
-    if pretrained:
-        source = settings.get("pretrained_cfg"), overlay, settings.get("cache_dir"), progress
-        if path := _published_file(name, *source):
-            overlay["file"] = str(path)
+    cfg = resolve_pretrained_cfg(name, settings.get("pretrained_cfg"), overlay)
+    if pretrained and cfg.url in _PUBLISHED and not (cfg.file or cfg.state_dict or cfg.hf_hub_id):
+        folder = Path(settings["cache_dir"]) if settings.get("cache_dir") else None
+        path = download(checkpoint_urls(*_PUBLISHED[cfg.url]), progress, folder=folder)  # from any of the mirrors
+        read_checkpoint(path)  # timm would not notice flipped bits
+        overlay["file"] = str(path)
     with nullcontext() if device is None else torch.device(device):
         model = build_model_with_cfg(
             build,
@@ -159,9 +143,6 @@ for _variant in VARIANTS:
     _baseline = f"The Pure-MLP baseline of {_title}; there are no published weights."
     _register(_variant.replace("conv", "pure_"), _baseline)
 _register("pure_mlp", "The same as pure_mlp_s.")
-
-
-# Any model of timm, by its name
 
 
 def has_fixed_size(name: str) -> bool:
@@ -232,14 +213,12 @@ def load_weights(
     class_names: Sequence[str] | None = None,
     new_head: bool = False,
 ) -> None:
-    """Load a checkpoint that was read from `path`.
-
-    The normalisation that the checkpoint was trained with goes into the model's `pretrained_cfg`.
+    """Load a checkpoint that was read from `path`; its normalisation goes into the model's `pretrained_cfg`.
 
     Args:
         model: Any model of timm.
         checkpoint: A state_dict, or a training checkpoint.
-        path: Where it comes from, for messages.
+        path: For messages.
         use_ema: Prefer the averaged weights where there are some.
         class_names: Those of the data, if they matter.
         new_head: Where the classes of the checkpoint differ, in number or by name, start the head afresh.

@@ -83,14 +83,11 @@ def retinanet(
 ) -> RetinaNet:
     """RetinaNet (Lin et al. 2017) on the three coarser maps, with P6 and P7 made of the last: strides 8 to 128.
 
-    Other pyramids, input channels or depths of ConvMLP: give torchvision's class a `ConvMLPWithFPN` of your own.
+    Other pyramids, input channels or depths of ConvMLP: give torchvision's class a `ConvMLPWithFPN` of your own. Its
+    arguments are also the others here.
 
     Args:
-        arch: 'convmlp_s', 'convmlp_m' or 'convmlp_l'.
         num_classes: Classes with the background, which is label 0: 91 for COCO, 2 for one kind of object.
-        pretrained: True for the published ImageNet weights, or the path or URL of a checkpoint, for the ConvMLP.
-        frozen_stages: Parts of it that are not trained, see `ConvMLPWithFPN`.
-        norm_eval: Keep its BatchNorm's statistics as they are in training.
         **kwargs: Arguments of torchvision's class: min_size, max_size, score_thresh, anchor_generator, ...
 
     Raises:

@@ -24,6 +24,8 @@ from .variations import PURE_MLPS, build
 
 _logger = logging.getLogger(__name__)
 
+FIRST_CONVS = ("tokenizer.block.0.weight", "tokenizer.projection.weight")  # of ConvMLP, of Pure-MLP
+
 FLOATING = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
@@ -77,23 +79,18 @@ def find_checkpoint(source: str | os.PathLike | Sequence[str], progress: bool = 
         if urldefrag(address).fragment and path.is_file():
             _check_hash(path, expected_hash(address))
         return path
-    return download([address], progress, name=_cache_name(address)) if "://" in address else Path(source)
-
-
-def _cache_name(url: str) -> str:
-    """A name that two files of the same name at two addresses do not share."""
-    path = Path(urlparse(url).path)
-    return f"{path.stem[:100]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}{path.suffix[:20]}"
+    if "://" not in address:
+        return Path(source)
+    path = Path(urlparse(address).path)  # two files of the same name at two addresses get two names
+    name = f"{path.stem[:100]}-{hashlib.sha256(address.encode()).hexdigest()[:8]}{path.suffix[:20]}"
+    return download([address], progress, name)
 
 
 def expected_hash(url: str) -> str:
     """The SHA-256 that a URL says its file has, or its beginning, or ''.
 
     It stands behind the URL as #sha256=HEX, or in the name as torch.hub has it: NAME-HEX.pth, eight digits or more.
-    Decimal digits alone are taken for a date.
-
-    Raises:
-        CheckpointError: something else stands behind the #.
+    Decimal digits alone are taken for a date. Anything else behind the # raises `CheckpointError`.
     """
     address, fragment = urldefrag(url)
     if fragment:
@@ -137,7 +134,7 @@ def download(urls: Sequence[str], progress: bool = False, name: str | None = Non
             folder.mkdir(parents=True, exist_ok=True)
             _fetch(url, partial, progress)
             _check_hash(partial, expected)
-            _read(partial, target.suffix)
+            read_checkpoint(partial, target.suffix)
             os.replace(partial, target)
             return target
         except (OSError, HTTPException, ValueError, CheckpointError) as error:
@@ -145,17 +142,12 @@ def download(urls: Sequence[str], progress: bool = False, name: str | None = Non
         finally:
             partial.unlink(missing_ok=True)
     raise CheckpointError(
-        "could not download the weights:\n" + "\n".join(failures) + f"\nPut the file by hand at {target}"
+        "\n".join(["could not download the weights:", *failures, f"Put the file by hand at {target}"])
     )
 
 
 def _fetch(url: str, path: Path, progress: bool) -> None:
-    """Write what a URL sends.
-
-    Raises:
-        CheckpointError: it is too large or breaks off.
-        OSError, HTTPException, ValueError: it cannot be had.
-    """
+    """Write what a URL sends, or raise `CheckpointError` if it is too large or breaks off."""
     request = Request(url, headers={"User-Agent": "torch.hub"})  # some servers refuse Python's own name
     with urlopen(request, timeout=TIMEOUT) as answer, path.open("wb") as file:
         length = getattr(answer, "length", None)
@@ -173,21 +165,21 @@ def _fetch(url: str, path: Path, progress: bool) -> None:
         raise CheckpointError(f"the connection broke off after {size} of {length} bytes")
 
 
-def read_checkpoint(path: str | os.PathLike) -> Any:
+def read_checkpoint(path: str | os.PathLike, suffix: str | None = None) -> Any:
     """The content of a checkpoint on the CPU, by safetensors or `torch.load(weights_only=True)`: no code runs.
+
+    Args:
+        path: A file.
+        suffix: That of its final name, if it has another one for now.
 
     Raises:
         CheckpointError: it is missing, damaged, a TorchScript archive, or holds more than tensors and plain values.
     """
     path = Path(path)
-    return _read(path, path.suffix)
-
-
-def _read(path: Path, suffix: str) -> Any:
     if not os.path.isfile(path):  # Path.is_file fails on a name that is too long
         raise CheckpointError(f"no such checkpoint: {path}")
     try:
-        if suffix == ".safetensors":
+        if (suffix or path.suffix) == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
@@ -201,10 +193,8 @@ def _read(path: Path, suffix: str) -> Any:
     except ModuleNotFoundError as error:
         raise CheckpointError(f"{path} needs a missing package: {pip_line(package_of(error.name or ''))}") from error
     except Exception as error:  # a damaged pickle raises at least nine exception types
-        raise CheckpointError(
-            f"{path} is truncated, not a checkpoint, or holds more than tensors and plain values "
-            f"({type(error).__name__})"
-        ) from error
+        reasons = "is truncated, not a checkpoint, or holds more than tensors and plain values"
+        raise CheckpointError(f"{path} {reasons} ({type(error).__name__})") from error
 
 
 def _check_archive(path: Path) -> None:
@@ -273,14 +263,14 @@ def adapt_state_dict(
 
 def list_differences(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
     """What keeps a state_dict from filling a model whose own is `own`: names, shapes and types, in words."""
-    differences = [f"{key} is missing" for key in own if key not in state_dict]
-    differences += [f"{key} is not in the model" for key in state_dict if key not in own]
-    differences += [
-        f"{key} is {tuple(state_dict[key].shape)}, the model has {tuple(value.shape)}"
-        for key, value in own.items()
-        if key in state_dict and state_dict[key].shape != value.shape
+    shared = [key for key in own if key in state_dict]
+    shapes = {key: (tuple(state_dict[key].shape), tuple(own[key].shape)) for key in shared}
+    return [
+        *(f"{key} is missing" for key in own if key not in state_dict),
+        *(f"{key} is not in the model" for key in state_dict if key not in own),
+        *(f"{key} is {found}, the model has {wanted}" for key, (found, wanted) in shapes.items() if found != wanted),
+        *list_other_types(state_dict, own),
     ]
-    return differences + list_other_types(state_dict, own)
 
 
 def list_other_types(state_dict: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> list[str]:
@@ -317,28 +307,24 @@ def _adapt_in_chans(weight: torch.Tensor, in_chans: int) -> torch.Tensor:
     channels = weight.shape[1]
     if channels == in_chans:
         return weight
-    repeats = -(-in_chans // channels)
     if in_chans == 1:
         return weight.sum(1, keepdim=True)
-    return weight.repeat(1, repeats, 1, 1)[:, :in_chans] * (channels / in_chans)
+    return weight[:, torch.arange(in_chans) % channels] * (channels / in_chans)
 
 
 def fitting_variant(state_dict: Mapping[str, torch.Tensor]) -> str | None:
     """The variant a state_dict belongs to, whatever its head and input channels, or None."""
-    for variant, (first, shapes) in _known_shapes().items():
-        if first in state_dict and _shapes(state_dict, first) == shapes:
-            return variant
-    return None
+    shapes = _shapes(state_dict)
+    return next((variant for variant, known in _known_shapes().items() if shapes == known), None)
 
 
 @cache
-def _known_shapes() -> dict[str, tuple[str, dict[str, torch.Size]]]:
-    """Of each variant the name of the first convolution, whose input channels are free, and the other shapes."""
+def _known_shapes() -> dict[str, dict[str, torch.Size]]:
     with torch.device("meta"):
-        models = {variant: build(**settings).state_dict() for variant, settings in {**VARIANTS, **PURE_MLPS}.items()}
-    firsts = {variant: next(iter(own)) for variant, own in models.items()}
-    return {variant: (firsts[variant], _shapes(own, firsts[variant])) for variant, own in models.items()}
+        return {name: _shapes(build(**settings).state_dict()) for name, settings in {**VARIANTS, **PURE_MLPS}.items()}
 
 
-def _shapes(weights: Mapping[str, torch.Tensor], first: str) -> dict[str, torch.Size]:
-    return {k: v.shape for k, v in weights.items() if k != first and not k.startswith(("norm.", "head."))}
+def _shapes(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    """Of all but the head and the final norm; of the first convolution only its output, for any input channels."""
+    body = {key: weight.shape for key, weight in weights.items() if not key.startswith(("norm.", "head."))}
+    return {key: shape[:1] if key in FIRST_CONVS else shape for key, shape in body.items()}

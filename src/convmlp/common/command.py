@@ -28,11 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise RunError(f"{message}; {self.prog} --help")
 
     def parse(self, argv: Sequence[str], options: argparse.Namespace | None = None) -> argparse.Namespace:
-        """The options of a call, written into `options` if given.
-
-        Raises:
-            RunError: a bad value, or an unknown argument or option.
-        """
+        """The options of a call, written into `options` if given; raises `RunError` if any is unknown or bad."""
         parsed, unknown = self.parse_known_args(argv, options)
         if not unknown:
             return parsed

@@ -18,10 +18,7 @@ def config_folder() -> Path:
 
 
 def list_configs(task: str = "", bases: bool = False) -> list[Path]:
-    """The configs to run, relative to their folder; of one `task`, or all.
-
-    With `bases` also those that only others build on.
-    """
+    """The configs of a task, or all, relative to their folder; with `bases` also those that only others build on."""
     folder = config_folder()
     files = sorted(file.relative_to(folder) for kind in ("py", "yml") for file in (folder / task).rglob(f"*.{kind}"))
     return [file for file in files if bases or BASES not in file.parts]
@@ -62,55 +59,41 @@ def title(config: Path) -> str:
     return next((comment for comment in comments if not comment.startswith("./")), "")
 
 
-def copy_configs(destination: Path) -> int:
-    """Copy all configs, with those they build on, into a new folder; returns how many files that are.
-
-    Raises:
-        RunError: the folder exists, or cannot be written.
-    """
-    if destination.exists():
-        raise RunError(f"{destination} exists: name a new folder")
-    try:
-        shutil.copytree(config_folder(), destination, ignore=shutil.ignore_patterns("__pycache__"))
-    except OSError as error:
-        raise RunError(f"cannot write {destination}: {error.strerror or error}") from error
-    return sum(file.is_file() for file in destination.rglob("*"))
-
-
-def copy_config(name: str, destination: Path) -> None:
-    """Copy one YAML config into a new file; what it builds on is found in the package.
-
-    Raises:
-        RunError: there is no such config, the file exists or cannot be written, or it is one of mmengine's, which
-            look for what they build on beside themselves.
-    """
-    config = find_config(name)
-    if config.suffix == ".py":
-        raise RunError(f"{name} builds on configs beside it: `convmlp configs --copy DIR` copies them all")
-    if destination.exists():
-        raise RunError(f"{destination} exists: name a new file")
-    check_writable(destination)
-    write_atomically(destination, lambda temporary: shutil.copyfile(config, temporary))
-
-
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", nargs="?", metavar="NAME", help="with --copy: only this config")
     parser.add_argument("--copy", metavar="PATH", help="into this new folder, or with NAME into this new file")
 
 
 def _run(options: argparse.Namespace) -> None:
-    if options.name and options.copy is None:
-        raise RunError(f"where should {options.name} be copied to? convmlp configs {options.name} --copy FILE")
-    if options.name:
-        copy_config(options.name, Path(options.copy))
-        print(f"copied to {options.copy}")
-    elif options.copy is not None:
-        print(f"{plural(copy_configs(Path(options.copy)), 'file')} copied to {options.copy}")
-    else:
+    if options.copy is None:
+        if options.name:
+            raise RunError(f"where should {options.name} be copied to? convmlp configs {options.name} --copy FILE")
         configs = list_configs()
         width = max(len(str(config)) for config in configs)
         for config in configs:
             print(f"{config!s:{width}}  {title(config)}")
+        return
+    destination = Path(options.copy)
+    if destination.exists():
+        raise RunError(f"{destination} exists: name a new {'file' if options.name else 'folder'}")
+    if options.name:
+        _copy_config(options.name, destination)
+        print(f"copied to {destination}")
+        return
+    try:
+        shutil.copytree(config_folder(), destination, ignore=shutil.ignore_patterns("__pycache__"))
+    except OSError as error:
+        raise RunError(f"cannot write {destination}: {error.strerror or error}") from error
+    print(f"{plural(sum(file.is_file() for file in destination.rglob('*')), 'file')} copied to {destination}")
+
+
+def _copy_config(name: str, destination: Path) -> None:
+    """Copy one YAML config; what it builds on is found in the package."""
+    config = find_config(name)
+    if config.suffix == ".py":  # mmengine looks for the base of a config beside it
+        raise RunError(f"{name} builds on configs beside it: `convmlp configs --copy DIR` copies them all")
+    check_writable(destination)
+    write_atomically(destination, lambda temporary: shutil.copyfile(config, temporary))
 
 
 VERB = Verb("configs", "List the configs that come with the package, or copy them to change them.", _add_options, _run)

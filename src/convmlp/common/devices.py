@@ -11,11 +11,7 @@ from .errors import RunError, plural
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' (cuda, else mps, else cpu) or a device by name.
-
-    Raises:
-        RunError: this machine has no such device.
-    """
+    """'auto' (cuda, else mps, else cpu) or a device by name; raises `RunError` if this machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if not re.fullmatch(r"(cuda|mps|cpu)(:\d+)?", name):

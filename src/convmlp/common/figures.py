@@ -24,11 +24,7 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def check_format(path: Path) -> None:
-    """Make sure that matplotlib can write a figure under this name.
-
-    Raises:
-        RunError: it does not know the suffix.
-    """
+    """Make sure that matplotlib knows the suffix of this name, or raise `RunError`."""
     known = new_figure(1, 1).canvas.get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
         raise RunError(f"cannot write a figure as {path}: the suffix must be one of {', '.join(sorted(known))}")

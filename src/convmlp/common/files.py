@@ -46,11 +46,7 @@ def _flush(path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make sure, before long work, that a file can be written at `path`; its folder is created if needed.
-
-    Raises:
-        RunError: it cannot.
-    """
+    """Make sure, before long work, that a file can be written at `path`, or raise `RunError`; creates its folder."""
     if path.is_dir():
         raise RunError(f"cannot write {path}: it is a folder")
     if not path.exists() or path.is_file():
@@ -58,7 +54,7 @@ def check_writable(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder for output, or say that it cannot be written."""
+    """Create a folder for output, or raise `RunError` if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".writable.{os.getpid()}"

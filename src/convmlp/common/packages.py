@@ -23,11 +23,7 @@ def missing(*packages: str) -> list[str]:
 
 
 def need(what: str, *packages: str) -> None:
-    """Make sure that packages are installed before they are used.
-
-    Raises:
-        RunError: some are missing; the message has the pip line.
-    """
+    """Make sure that packages are installed before they are used, or raise `RunError` with the pip line."""
     if absent := missing(*packages):
         raise RunError(f"{what} needs a missing package: {pip_line(*absent)}")
 

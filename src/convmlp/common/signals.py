@@ -4,7 +4,7 @@ import os
 import re
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,15 +29,11 @@ class StopRequest:
             self._group = dist.new_group(backend="gloo")
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
-            self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS}
-        else:
-            self._earlier = {}
+        is_main = threading.current_thread() is threading.main_thread()  # Python allows no handlers elsewhere
+        self._earlier = {number: signal.signal(number, self._note) for number in SIGNALS if is_main}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
 

@@ -80,17 +80,20 @@ def make_card(classifier: Classifier) -> ModelCard:
     cfg = classifier.model.pretrained_cfg
     is_ours = isinstance(classifier.model, ConvMLP)
     is_published = classifier.origin == "published"
-    name = _full_name(classifier)
-    history = _find_history(classifier)
+    licence = cfg.get("license") if is_published else None
+    # timm's name, with the tag that says which of the published weights these are
+    name = ".".join(filter(None, [cfg["architecture"], cfg.get("tag") if is_published else None]))
+    history = _find_history(classifier, name)
+    score = history.score
     data = ModelCardData(
         library_name="timm",
-        license=cfg.get("license") if is_published else None,
+        license=licence,
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "transformers", *(["convmlp"] if is_ours else [])],
         datasets=history.datasets,
-        metrics=["accuracy"] if history.score else None,
-        model_name=name if history.score else None,
-        eval_results=[history.score] if history.score else None,
+        metrics=["accuracy"] if score else None,
+        model_name=name if score else None,
+        eval_results=[score] if score else None,
     )
     return ModelCard.from_template(
         data,
@@ -100,29 +103,25 @@ def make_card(classifier: Classifier) -> ModelCard:
         paper=PAPER,
         is_ours=is_ours,
         origin=history.origin,
-        score=_describe_score(history.score) if history.score else "",
+        score=score,
+        data_set=_plain(", ".join(filter(None, [score.dataset_name, score.dataset_split]))) if score else "",
         measured=history.measured,
         facts=_plain_items(_facts(classifier)),
         recipe=history.recipe,
         settings=_plain_items(history.settings),
-        licence=_licence(classifier),
+        is_published=is_published,
+        licence=licence,
+        source=cfg.get("origin_url"),
     )
 
 
-def _full_name(classifier: Classifier) -> str:
-    """timm's name, with the tag that says which of the published weights these are."""
-    cfg = classifier.model.pretrained_cfg
-    tag = cfg.get("tag") if classifier.origin == "published" else None
-    return ".".join(filter(None, [cfg["architecture"], tag]))
-
-
-def _find_history(classifier: Classifier) -> History:
+def _find_history(classifier: Classifier, name: str) -> History:
     if classifier.origin == "random":
         return History("Its weights are random: it was not trained, and its answers mean nothing.")
     if classifier.origin == "published" and isinstance(classifier.model, ConvMLP):
         return _published_history(classifier.model.pretrained_cfg)
     if classifier.origin == "published":
-        return History(f"Its weights are those that timm has for `{_full_name(classifier)}`.")
+        return History(f"Its weights are those that timm has for `{name}`.")
     if classifier.about:
         return _own_history(classifier.about)
     return History("How its weights were trained is not known: the file that they are from does not say it.")
@@ -137,14 +136,11 @@ def _published_history(cfg: Any) -> History:
     start = "from the ImageNet weights" if recipe.get("pretrained") else "from scratch"
     return History(
         f"Its weights are those that the paper's authors published, trained on {trained}.",
-        EvalResult(
-            task_type="image-classification",
-            dataset_type=dataset.hub or dataset.name,
-            dataset_name=dataset.name,
-            dataset_split=dataset.split,
-            metric_type="accuracy",
-            metric_name="top-1 accuracy",
-            metric_value=round(PUBLISHED[variant][dataset.name] / 100, 4),
+        _accuracy(
+            PUBLISHED[variant][dataset.name],
+            dataset.hub or dataset.name,
+            dataset.name,
+            dataset.split,
             source_name="ConvMLP paper",
             source_url=PAPER,
         ),
@@ -166,35 +162,40 @@ def _own_history(about: Mapping[str, Any]) -> History:
     """Of a checkpoint of classification.py. Where its images lay is nobody's business."""
     args = about.get("args") or {}
     data = args.get("dataset") or "a folder of images"
-    start = "from random weights"
+    start = "published weights" if args.get("pretrained") else "random weights"
     if args.get("initial_checkpoint"):
-        start = "from another checkpoint"
-    elif args.get("pretrained"):
-        start = "from published weights"
+        start = "another checkpoint"
     history = History(
-        f"Its weights were trained by convmlp on {data}, {start}.",
+        f"Its weights were trained by convmlp on {data}, from {start}.",
         settings={words: args[key] for key, words in SETTINGS.items() if args.get(key)},
     )
     row = next((row for row in about.get("history") or () if row["epoch"] == about["epoch"]), None)
     if row:  # else it was written within an epoch
         history.measured = f"Measured in training, after {plural(row['epoch'] + 1, 'epoch')}."
-        history.score = EvalResult(
-            task_type="image-classification",
-            dataset_type=args.get("dataset") or "imagefolder",
-            dataset_name=data,
-            dataset_split=args.get("val_split"),
-            metric_type="accuracy",
-            metric_name="top-1 accuracy",
-            metric_value=round(row["eval_ema_top1" if args.get("model_ema") else "eval_top1"] / 100, 4),
-        )
+        top1 = row["eval_ema_top1" if args.get("model_ema") else "eval_top1"]
+        history.score = _accuracy(top1, args.get("dataset") or "imagefolder", data, args.get("val_split"))
     return history
+
+
+def _accuracy(top1: float, dataset_type: str, name: str, split: str | None, **source: Any) -> EvalResult:
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=dataset_type,
+        dataset_name=name,
+        dataset_split=split,
+        metric_type="accuracy",
+        metric_name="top-1 accuracy",
+        metric_value=round(top1 / 100, 4),
+        **source,
+    )
 
 
 def _facts(classifier: Classifier) -> dict[str, str]:
     config, names = classifier.data_config, classifier.class_names
     channels, height, width = config["input_size"]
     cost = measure(classifier.model, config["input_size"])
-    known = "; ".join([*names[:MOST_NAMES], *(["... (all in config.json)"] if len(names) > MOST_NAMES else [])])
+    more = "; ... (all in config.json)" if len(names) > MOST_NAMES else ""
+    known = "" if names == numbered_names(len(names)) else f" ({'; '.join(names[:MOST_NAMES])}{more})"
     return {
         "parameters": grouped(cost.parameters),
         "multiply-adds": f"{cost.macs / 1e9:.3f} G",
@@ -202,21 +203,8 @@ def _facts(classifier: Classifier) -> dict[str, str]:
         "mean": ", ".join(f"{value:g}" for value in config["mean"]),
         "standard deviation": ", ".join(f"{value:g}" for value in config["std"]),
         "resizing, in timm's words": ", ".join(f"{key} {config[key]}" for key in RESIZING),
-        "classes": f"{len(names)}" if names == numbered_names(len(names)) else f"{len(names)} ({known})",
+        "classes": f"{len(names)}{known}",
     }
-
-
-def _describe_score(score: EvalResult) -> str:
-    split = f", {score.dataset_split}" if score.dataset_split else ""
-    return _plain(f"{score.metric_name} on {score.dataset_name}{split}: {100 * score.metric_value:.1f} %")
-
-
-def _licence(classifier: Classifier) -> str:
-    cfg = classifier.model.pretrained_cfg
-    if classifier.origin != "published":
-        return "That of the weights is for their owner to choose: add `license:` to the head of this file."
-    origin = f", at {cfg['origin_url']}" if cfg.get("origin_url") else ""
-    return f"The weights were published under {cfg['license']}{origin}." if cfg.get("license") else ""
 
 
 def _plain_items(rows: Mapping[str, Any]) -> dict[str, str]:

@@ -104,14 +104,14 @@ def open_classifier(
     chosen = choose_device(device)
     if img_size is not None and not SMALLEST <= img_size <= LARGEST:
         raise RunError(f"--img-size must be between {SMALLEST} and {LARGEST} px, got {img_size}")
-    if folder := _hub_folder(checkpoint):
+    if checkpoint and (folder := _hub_folder(checkpoint)):
         model, checkpoint = f"local-dir:{folder}", None
     if checkpoint is None:
         classifier = _create(model or "convmlp_s", pretrained, img_size)
     else:
         classifier = _load(model, checkpoint)
-    number = len(classifier.class_names)
     if class_map:
+        number = len(classifier.class_names)
         classifier.class_names = read_class_names(class_map, unique=False)
         if len(classifier.class_names) != number:
             given = plural(len(classifier.class_names), "class")
@@ -132,10 +132,9 @@ def open_any(model_or_checkpoint: str, **settings: Any) -> Classifier:
     A name that timm knows is that model, whatever the current folder holds: `./convmlp_s` is the file or folder there.
     """
     text = model_or_checkpoint
-    is_there = os.path.isfile(text) or _hub_folder(text) is not None
-    if not is_model(text) and (is_there or text.endswith(SUFFIXES) or "://" in text):
-        return open_classifier(checkpoint=text, **settings)
-    return open_classifier(text, **settings)
+    is_file = os.path.isfile(text) or _hub_folder(text) or text.endswith(SUFFIXES) or "://" in text
+    model, checkpoint = (None, text) if is_file and not is_model(text) else (text, None)
+    return open_classifier(model, checkpoint, **settings)
 
 
 def is_model(text: str) -> bool:
@@ -169,7 +168,8 @@ def _load(model: str | None, checkpoint: str) -> Classifier:
     name = model or about.get("arch") or _published_name(checkpoint, weights) or fitting_variant(weights)
     if name is None:
         raise RunError(f"{path} does not tell its model: --model NAME")
-    if about and _architecture(name) != _architecture(about["arch"]):
+    built, stated = (variant_of(text) or text.partition(".")[0] for text in (name, about.get("arch", name)))
+    if built != stated:  # whatever their tags; ours have two names each
         raise RunError(f"{path} is of {about['arch']}, not of --model {model}; it needs no --model")
     check_name("--model", name)
     if not model:
@@ -203,11 +203,6 @@ def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, A
     if len(channels) > 1:
         raise CheckpointError(f"{path} contradicts itself: its images have {' or '.join(map(str, channels))} channels")
     return network
-
-
-def _architecture(name: str) -> str:
-    """What a timm name builds, whatever its tag; ours have two names each."""
-    return variant_of(name) or name.partition(".")[0]
 
 
 def _explain(error: CheckpointError, path: Path) -> str:
@@ -255,10 +250,8 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: its data_config cannot be used: {type(error).__name__}: {error}") from error
 
 
-def _hub_folder(checkpoint: str | None) -> Path | None:
+def _hub_folder(checkpoint: str) -> Path | None:
     """The folder of a model in Hugging Face's form, by its own path or that of the weights in it."""
-    if checkpoint is None:
-        return None
     path = Path(checkpoint)
     folder = path.parent if path.name == "model.safetensors" else path
     return folder if os.path.isfile(folder / "config.json") and path.exists() else None

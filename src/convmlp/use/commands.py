@@ -48,9 +48,8 @@ def _predict(options: argparse.Namespace) -> int:
     if options.save_dir is not None:
         make_folder(Path(options.save_dir))
         copies = [Path(options.save_dir, name) for name in tables.drawn_names(paths)]
-        for copy in copies:
-            if copy.resolve() in {path.resolve() for path in paths}:
-                raise RunError(f"--save-dir {options.save_dir} holds the images: {copy.name} would be replaced")
+        if replaced := {copy.resolve() for copy in copies} & {path.resolve() for path in paths}:
+            raise RunError(f"--save-dir {options.save_dir} holds the images: {min(replaced).name} would be replaced")
         drawn = dict(zip(paths, copies, strict=True)).__getitem__
     rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths, drawn)
 
@@ -75,11 +74,7 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Draw
     from .classifier import open_classifier
 
     classifier = open_classifier(
-        options.model,
-        options.checkpoint,
-        device=options.device,
-        img_size=options.img_size,
-        class_map=options.class_map,
+        options.model, options.checkpoint, device=options.device, img_size=options.img_size, class_map=options.class_map
     )
     topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
     predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
@@ -192,16 +187,9 @@ def _export(options: argparse.Namespace) -> None:
         classifier = open_classifier(options.model, options.source, **settings)
     else:
         classifier = open_any(options.source, **settings)
-    report = export(
-        classifier,
-        options.output or classifier.model.pretrained_cfg["architecture"] + SUFFIXES[options.format],
-        options.format,
-        dynamic=options.dynamic,
-        fold=options.fold,
-        half=options.half,
-        opset=options.opset,
-        overwrite=options.overwrite,
-    )
+    path = options.output or classifier.model.pretrained_cfg["architecture"] + SUFFIXES[options.format]
+    wishes = {name: getattr(options, name) for name in ("dynamic", "fold", "half", "opset", "overwrite")}
+    report = export(classifier, path, options.format, **wishes)
     shapes = ", ".join("x".join(map(str, shape)) for shape in dict.fromkeys(report.shapes))
     dtype = str(report.dtype).removeprefix("torch.")
     say(f"written: {report.path} ({report.size / 1e6:.1f} MB, {dtype})")

@@ -20,7 +20,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ from .classifier import Classifier, numbered_names
 _logger = logging.getLogger(__name__)
 
 Run = Callable[[torch.Tensor], torch.Tensor]
-Shape = tuple[int, int, int]
 Writer = Callable[[Classifier, nn.Module, torch.Tensor, Path], Run]  # given an example, it returns what reads the file
 
 # What names end in by default; safetensors makes a folder, whose name must not be that of a model
@@ -62,7 +61,7 @@ class Report:
     path: Path
     size: int
     dtype: torch.dtype
-    shapes: list[Shape]
+    shapes: list[tuple[int, int, int]]
     absolute: float
     relative: float
 
@@ -102,15 +101,12 @@ def export(
         "torchscript": partial(_write_torchscript, dynamic=dynamic),
         "safetensors": _write_safetensors,
     }
-    _, h, w = classifier.data_config["input_size"]
-    shapes: list[Shape] = [(1, h, w)] * 3
-    if dynamic:
-        shapes = [(1, h, w), (3, h, w), (2, max(MIN_SIDE + 1, h - 31), w + 33), (1, MIN_SIDE, MIN_SIDE)]
     dtype = torch.float16 if half else torch.float32
-    checks = []
+    reports = []
 
     def write_and_check(target: Path) -> None:
-        checks.append(_write_and_check(classifier, writers[format], target, shapes, dtype, fold))
+        report = _write_and_check(classifier, writers[format], target, dynamic, dtype, fold)
+        reports.append(replace(report, path=path))
 
     try:
         with _quiet(), torch.no_grad():
@@ -121,8 +117,7 @@ def export(
         _logger.debug("the export failed", exc_info=True)
         wanted = f"{format}{' with free sizes' if dynamic else ''}{' in float16' if half else ''}"
         raise RunError(f"{classifier.title} cannot be exported as {wanted}: {one_line(error)}") from error
-    size, absolute, relative = checks[0]
-    return Report(path, size, dtype, shapes, absolute, relative)
+    return reports[0]
 
 
 def _check_request(path: Path, format: str, fold: bool, opset: int | None, overwrite: bool) -> None:
@@ -143,13 +138,15 @@ def _check_request(path: Path, format: str, fold: bool, opset: int | None, overw
 
 
 def _write_and_check(
-    classifier: Classifier, write: Writer, target: Path, shapes: list[Shape], dtype: torch.dtype, fold: bool
-) -> tuple[int, float, float]:
-    """Write a classifier, and return how many bytes that are and how far it is from the model, see `_compare`."""
+    classifier: Classifier, write: Writer, target: Path, dynamic: bool, dtype: torch.dtype, fold: bool
+) -> Report:
     reference = copy.deepcopy(classifier.model).eval().requires_grad_(False)
     reference.to("cpu", torch.float32, memory_format=torch.contiguous_format)
     network = (fold_batchnorm(reference) if fold else copy.deepcopy(reference)).to(dtype)
-    channels = classifier.data_config["input_size"][0]
+    channels, h, w = classifier.data_config["input_size"]
+    shapes = [(1, h, w)] * 3
+    if dynamic:
+        shapes = [(1, h, w), (3, h, w), (2, max(MIN_SIDE + 1, h - 31), w + 33), (1, MIN_SIDE, MIN_SIDE)]
     images = [
         torch.randn(b, channels, h, w, generator=torch.Generator().manual_seed(seed))
         for seed, (b, h, w) in enumerate(shapes)
@@ -158,7 +155,7 @@ def _write_and_check(
     run = write(classifier, network, images[0].to(dtype), target)
     differences = _compare([run(x.to(dtype)).float() for x in images], expected, TOLERANCES[dtype])
     size = sum(file.stat().st_size for file in (target.iterdir() if target.is_dir() else [target]))
-    return size, *differences
+    return Report(target, size, dtype, shapes, *differences)
 
 
 def _describe(classifier: Classifier) -> dict[str, Any]:
@@ -215,20 +212,16 @@ def _write_safetensors(classifier: Classifier, network: nn.Module, example: torc
     names = classifier.class_names
     labels = {} if names == numbered_names(len(names)) else {"label_names": names}
     save_for_hf(network, str(folder), labels, safe_serialization=True, data_config=classifier.data_config)
-    _correct_config(folder / "config.json", classifier.origin)
-    make_card(classifier).save(folder / "README.md")
-    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return lambda images: loaded(images.float())
-
-
-def _correct_config(path: Path, origin: str) -> None:
-    """What timm writes into config.json, less what other readers stumble over and what is not true of these weights."""
+    path = folder / "config.json"
     config = json.loads(path.read_text())
     config["model_args"].pop("num_classes", None)  # stands above too; transformers would pass it twice
-    untrue = ("tag", "license", "origin_url") if origin != "published" else ()
+    untrue = ("tag", "license", "origin_url") if classifier.origin != "published" else ()
     for key in ("label_names", *untrue):  # the names of these weights stand above
         config["pretrained_cfg"].pop(key, None)
     path.write_text(json.dumps(config, indent=2))
+    make_card(classifier).save(folder / "README.md")
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda images: loaded(images.float())
 
 
 def _capture(network: nn.Module, example: torch.Tensor, dynamic: bool) -> torch.export.ExportedProgram:
@@ -249,15 +242,13 @@ def _compare(actual: list[torch.Tensor], expected: list[torch.Tensor], tolerance
     """The largest difference of a logit, absolute and over the largest logit of its batch."""
     if [logits.shape for logits in actual] != [logits.shape for logits in expected]:
         raise RunError(f"the export gives logits {tuple(actual[0].shape)}, the model {tuple(expected[0].shape)}")
-    absolute = [(left - right).abs().max().item() for left, right in zip(actual, expected, strict=True)]
-    scales = [logits.abs().max().clamp(min=torch.finfo(logits.dtype).tiny).item() for logits in expected]
-    relative = [difference / scale for difference, scale in zip(absolute, scales, strict=True)]
-    wrong = [difference for difference in relative if not difference <= tolerance]  # NaN is wrong too
-    if wrong:
-        raise RunError(
-            f"the export differs from the model by {wrong[0]:.2g} of the largest logit ({tolerance:g} is fine)"
-        )
-    return max(absolute), max(relative)
+    absolute = torch.stack([(left - right).abs().max() for left, right in zip(actual, expected, strict=True)])
+    scales = torch.stack([logits.abs().max() for logits in expected])
+    relative = absolute / scales.clamp(min=torch.finfo(scales.dtype).tiny)
+    worst = relative.max().item()  # NaN if there is one
+    if not worst <= tolerance:
+        raise RunError(f"the export differs from the model by {worst:.2g} of the largest logit ({tolerance:g} is fine)")
+    return absolute.max().item(), worst
 
 
 def _write_folder(path: Path, write: Callable[[Path], None]) -> None:

@@ -63,8 +63,12 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
     was_training = model.training
     model.eval()
     shapes: dict[str, tuple[int, ...]] = {}
+
+    def note_shape(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
+
     parts = {name: module for name, module in model.named_modules() if name}
-    hooks = [part.register_forward_hook(partial(_note_shape, shapes, name)) for name, part in parts.items()]
+    hooks = [part.register_forward_hook(partial(note_shape, name)) for name, part in parts.items()]
     values = FlopCounterMode(display=False, custom_mapping=dict.fromkeys(flop_registry, _count_outputs))
     operations = FlopCounterMode(display=False)
     try:
@@ -89,10 +93,6 @@ def measure(model: nn.Module, input_size: tuple[int, int, int]) -> Cost:
         if name in shapes and count_parameters(part)
     ]
     return Cost(count_parameters(model), operations.get_total_flops() // 2, values.get_total_flops(), layers)
-
-
-def _note_shape(shapes: dict[str, tuple[int, ...]], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-    shapes[name] = tuple(output.shape) if isinstance(output, torch.Tensor) else ()
 
 
 def _count_outputs(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -135,16 +135,9 @@ def downstream_table(markdown: bool = False) -> Table:
 def layer_table(cost: Cost, depth: int, markdown: bool = False) -> Table:
     """The layers of a model down to a depth, 1 for its outermost parts."""
     rows = [
-        [
-            layer.name,
-            layer.kind,
-            " x ".join(map(str, layer.shape)),
-            str(layer.stride or ""),
-            grouped(layer.parameters),
-            f"{layer.macs / 1e6:.1f} M",
-        ]
-        for layer in cost.layers
-        if layer.depth <= depth
+        [name, kind, " x ".join(map(str, shape)), str(stride or ""), grouped(parameters), f"{macs / 1e6:.1f} M"]
+        for name, kind, level, shape, stride, parameters, macs in cost.layers
+        if level <= depth
     ]
     return _table(["layer", "kind", "output", "stride", "parameters", "MACs"], rows, markdown)
 

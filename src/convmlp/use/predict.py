@@ -77,25 +77,21 @@ def predict(
     with tqdm(total=len(sources), unit="image", leave=False, disable=hidden) as bar:
         for start in range(0, len(sources), batch_size):
             batch = sources[start : start + batch_size]
-            opened = []
+            opened: list[tuple[Path | None, Image.Image]] = []
             for source in batch:
                 try:
-                    opened.append(_open(source, classifier.image_mode))
+                    if isinstance(source, Image.Image):
+                        opened.append((None, to_mode(source, classifier.image_mode)))
+                    else:
+                        opened.append((Path(source), read_image(source, classifier.image_mode)))
                 except UnreadableImage as error:
                     unreadable.append(error)
             if opened:
                 found = _best([image for _, image in opened], classifier, topk)
-                predictions += [
-                    Prediction(path, image.size, best) for (path, image), best in zip(opened, found, strict=True)
-                ]
+                for (path, image), best in zip(opened, found, strict=True):
+                    predictions.append(Prediction(path, image.size, best))
             bar.update(len(batch))
     return predictions, unreadable
-
-
-def _open(source: Source, mode: str) -> tuple[Path | None, Image.Image]:
-    if isinstance(source, Image.Image):
-        return None, to_mode(source, mode)
-    return Path(source), read_image(source, mode)
 
 
 def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> list[list[Guess]]:

@@ -85,10 +85,7 @@ def _tiles(tiles: np.ndarray, columns: int) -> np.ndarray:
 def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Sequence[str] = ()) -> Figure:
     """Grad-CAM (Selvaraju et al. 2017): where a model looks for a class, red where most; a row a model.
 
-    Args:
-        image: A Pillow image.
-        classifiers: See `open_classifier`.
-        wanted: Names or numbers of the classes to look for; by default the one that each model finds.
+    `wanted` are names or numbers of the classes to look for; by default the one that each model finds.
     """
     columns, side = 1 + max(1, len(wanted)), 2.7
     figure, rows = _rows(classifiers, side * columns, 3.1, [1] * columns)
@@ -107,15 +104,9 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
 
 
 def find_class(classifier: Classifier, wanted: str) -> int:
-    """The number of a class by its name, one of its synonyms ("tabby, tabby cat" is both), or its number.
-
-    Raises:
-        RunError: there is none; the nearest name is offered.
-    """
-    names: dict[str, int] = {}
-    for i, name in enumerate(classifier.class_names):
-        for spelling in (name, *name.split(", ")):
-            names.setdefault(spelling.lower(), i)
+    """The number of a class by its name, one of its synonyms ("tabby, tabby cat" is both), or its number."""
+    numbered = reversed([*enumerate(classifier.class_names)])  # of two classes of one name the first is meant
+    names = {spelling.lower(): i for i, name in numbered for spelling in (name, *name.split(", "))}
     if wanted.lower() in names:
         return names[wanted.lower()]
     if wanted.isdecimal() and int(wanted) < len(classifier.class_names):
@@ -124,11 +115,7 @@ def find_class(classifier: Classifier, wanted: str) -> int:
 
 
 def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
-    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w).
-
-    Raises:
-        RunError: the model has no such map, or one of a single place.
-    """
+    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -171,8 +158,7 @@ def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
         filters = first_filters(classifier)
         low, high = filters.min((1, 2, 3), keepdims=True), filters.max((1, 2, 3), keepdims=True)
         tiles = (filters - low) / np.maximum(high - low, 1e-12)
-        if tiles.shape[-1] == 1:
-            tiles = tiles.repeat(3, -1)
+        tiles = tiles.repeat(3 // tiles.shape[-1], -1)  # grey ones too as colours
         axis.axis("off")
         axis.imshow(_tiles(tiles, math.ceil(math.sqrt(len(tiles)))), interpolation="nearest")
         what = f"{len(filters)} filters of {filters.shape[1]}x{filters.shape[2]}"
@@ -182,13 +168,8 @@ def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
 
 def first_filters(classifier: Classifier) -> np.ndarray:
     """Up to 64 kernels of the first convolution, (n, h, w, channels); channels are 1 or 3."""
-    name = layer_names(classifier.name)[1]
-    try:
-        layer = classifier.model.get_submodule(name)
-    except AttributeError:
-        layer = None
-    if not name or not isinstance(layer, nn.Conv2d):
-        layer = next((m for m in classifier.model.modules() if isinstance(m, nn.Conv2d)), None)
+    convs = {name: m for name, m in classifier.model.named_modules() if isinstance(m, nn.Conv2d)}
+    layer = convs.get(layer_names(classifier.name)[1], next(iter(convs.values()), None))
     if layer is None or layer.weight.shape[1] not in (1, 3):
         raise RunError(f"{classifier.name} does not begin with a convolution of an image")
     return layer.weight.detach().float().cpu().numpy()[:MAX_FILTERS].transpose(0, 2, 3, 1)
@@ -217,6 +198,6 @@ def _show_input(axis: matplotlib.axes.Axes, image: Image.Image, classifier: Clas
     """Show what the model sees of an image, and return it: uint8 (h, w, channels)."""
     config = classifier.data_config
     pixels = to_image(classifier.preprocess([image])[0], config["mean"], config["std"])
-    axis.imshow(pixels.repeat(3, -1) if pixels.shape[-1] == 1 else pixels)
+    axis.imshow(pixels.repeat(3 // pixels.shape[-1], -1))
     axis.set_title(f"input, {pixels.shape[1]}x{pixels.shape[0]}", fontsize=8)
     return pixels
