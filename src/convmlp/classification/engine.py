@@ -16,7 +16,7 @@ from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from . import report
 from .batches import seed_all
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
 from .evaluation import Predictions, evaluate, log_unreadable
 from .finite import NONFINITE
 from .loaders import make_loader
@@ -69,7 +69,7 @@ def train(options: Options) -> None:
     )
     trainer = Trainer(options, process, folder, model, train_loader, val_loader, class_names, data_config)
     if resumed:
-        trainer.load(*resumed)
+        restore(trainer, *resumed)
     if not process.primary:
         trainer.run(None)
         return
