@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
             system = _system_error(error)
             if system is None:
                 raise OSError(one_line(error)) from error
-            needed = f", {_count_bytes(state) / 1e6:.0f} MB needed" if system.errno in FULL else ""
+            megabytes = sum(tensor.nbytes for _, tensor in named_tensors(state)) / 1e6
+            needed = f", {megabytes:.0f} MB needed" if system.errno in FULL else ""
             raise OSError(system.errno, f"{system.strerror}{needed}") from error
 
     write_atomically(path, save)
@@ -65,11 +66,13 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _count_bytes(state: Any) -> int:
+def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a nested state, with the keys that lead to them."""
     if isinstance(state, torch.Tensor):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_count_bytes, items))
+        yield name, state
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}")
 
 
 def write_last(folder: Path, state: dict[str, Any]) -> None:

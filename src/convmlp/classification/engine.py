@@ -22,7 +22,7 @@ from .finite import NONFINITE
 from .loaders import make_loader
 from .models import build_model, resolve_data_config
 from .options import parse_options
-from .process import Process, start_process
+from .process import start_process
 from .progress import ExternalLogs
 from .settings import Options
 from .sources import check_classes, open_source, relabel
@@ -36,13 +36,6 @@ EVALUATION_SETTINGS |= {"crop_pct", "crop_mode", "amp", "amp_dtype", "channels_l
 EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "val_num_samples"}
 
 
-def _start(options: Options) -> Process:
-    process = start_process(options.device)
-    if not process.primary:
-        logging.getLogger("convmlp").setLevel(logging.ERROR)
-    return process
-
-
 def train(options: Options) -> None:
     """Train as the options say, and leave the run in its folder.
 
@@ -50,7 +43,7 @@ def train(options: Options) -> None:
         RunError, CheckpointError: a mistake in options, data or files, found before training wherever that is possible.
         Diverged: the loss or the weights are not finite; the last good checkpoint stays.
     """
-    process = _start(options)
+    process = start_process(options.device)
     folder = run_folder(options)
     if process.gather(process.primary and was_restarted(folder))[0]:
         options = replace(options, resume="auto", overwrite=False)
@@ -94,7 +87,7 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
         if not any(argument.split("=")[0] == "--model" for argument in argv):
             check_source(str(settings.get("model")), path)
         options = parse_options(argv, base=settings)
-    process = _start(options)
+    process = start_process(options.device)
     source = open_source(options, train=False)
     if isinstance(kept.get("class_names"), list):
         source = relabel(source, kept["class_names"], path)

@@ -8,12 +8,12 @@ from typing import Any, TypedDict
 import torch
 from timm.data import FastCollateMixup, IterableImageDataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from ..common.devices import count_cores
 from ..common.errors import RunError, plural
 from ..common.signals import leave_signals_to_the_parent
-from .batches import EvalBatches, EvalDataset, KeyedErasing, TrainBatches, TrainDataset
+from .batches import EvalDataset, KeyedErasing, TrainBatches, TrainDataset, eval_batches
 from .process import Process
 from .settings import Augmentation, Data, Options
 from .sources import Source
@@ -72,9 +72,10 @@ class IndexedLoader:
         self.n_images = len(source)
         share = (process.rank, process.world_size)
         transform = _create_transform(options, data_config, train)
-        self.batches: TrainBatches | EvalBatches
+        self.batches: TrainBatches | BatchSampler
         if train:
             self.batches = TrainBatches(len(source), options.batch_size, options.seed, *share)
+            self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,
                 transform,
@@ -85,9 +86,9 @@ class IndexedLoader:
                 mixup_off_epoch=options.mixup_off_epoch,
             )
         else:
-            self.batches = EvalBatches(len(source), options.eval_batch_size, *share)
+            self.batches = eval_batches(len(source), options.eval_batch_size, *share)
+            self.n_own = len(range(process.rank, len(source), process.world_size))
             dataset = EvalDataset(source, transform, options.mode)
-        self.n_own = self.batches.n_own
         workers = count_workers(options)
         self._loader = _Loader(
             dataset,
