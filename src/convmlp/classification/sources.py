@@ -68,10 +68,8 @@ class ReaderSource(Source):
     """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
 
     def __init__(self, reader: Any):
-        classes: dict[Any, int] = (
-            getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-        )
-        super().__init__(reader, "", sorted(classes, key=lambda name: classes[name]))
+        classes: Any = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        super().__init__(reader, "", sorted(classes, key=classes.get))
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.data[index][:2]
