@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from convmlp.classification.batches import Batch, EvalBatches, EvalDataset, TrainBatches, seed_all
+from convmlp.classification.batches import EvalDataset, TrainBatches, eval_batches, seed_all
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -33,8 +33,8 @@ def test_epochs_are_shuffled_differently_and_continue_anywhere():
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("n_images", [1, 13, 16])
 def test_evaluation_sees_every_image_once_over_the_ranks(n_images, world_size):
-    ranks = [EvalBatches(n_images, 3, rank, world_size) for rank in range(world_size)]
-    assert sorted(i for rank in ranks for batch in rank for i in batch.indices) == list(range(n_images))
+    ranks = [eval_batches(n_images, 3, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for rank in ranks for batch in rank for i in batch) == list(range(n_images))
     assert all(len(list(rank)) == len(rank) for rank in ranks)
 
 
@@ -62,7 +62,7 @@ def test_transparent_images_lie_on_white_in_training_too():
             return "red"
 
     dataset = EvalDataset(Source(), np.array, "RGB")
-    images, targets, unreadable = dataset.__getitems__(Batch(0, 0, [0]))
+    images, targets, unreadable = dataset.__getitems__([0])
     assert images.shape[-1] == 3 and (images == 255).all() and targets.tolist() == [0] and not unreadable
 
 

@@ -4,15 +4,17 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from convmlp.classification.options import parse_options
-from convmlp.classification.sources import Digits, check_classes, open_source, relabel
+from convmlp.classification.sources import check_classes, open_source, relabel
 from convmlp.common.errors import RunError
 
 
@@ -21,14 +23,15 @@ def options_for(root, *arguments):
 
 
 def test_digits_are_held_out_in_equal_shares_and_never_trained_on():
-    train, held_out = Digits(train=True), Digits(train=False)
+    options = parse_options(["--dataset", "sklearn-digits"])
+    train, held_out, again = (open_source(options, train=train) for train in (True, False, False))
     assert (len(train), len(held_out)) == (1437, 360)
-    assert min(np.bincount(held_out.targets)) >= 34
-    source = open_source(parse_options(["--dataset", "sklearn-digits"]), train=False)
-    assert source.class_names == [str(i) for i in range(10)] and source.name(3) == "digits held-out image 3"
-    assert np.array_equal(held_out.images, Digits(train=False).images)
-    image, target = source.load(0)
-    assert image.size == (8, 8) and target == held_out.targets[0]
+    assert min(Counter(held_out.load(i)[1] for i in range(360)).values()) >= 34
+    assert held_out.class_names == [str(i) for i in range(10)] and held_out.name(3) == "digits held-out image 3"
+    assert all(held_out.load(i) == again.load(i) for i in range(360))
+    assert held_out.load(0)[0].size == (8, 8)
+    images = Counter(source.load(i)[0].tobytes() for source in (train, held_out) for i in range(len(source)))
+    assert images == Counter(np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images)
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("train", "validation"), ("training", "valid")])
@@ -69,16 +72,15 @@ def write_mnist(folder, images, labels, prefix):
 
 
 def test_torchvision_datasets_with_a_train_flag_are_read(tmp_path):
-    source = Digits(train=False)
+    digits = load_digits()
+    images = np.round(digits.images[:360] * 255 / 16).astype(np.uint8)
     for prefix in ("train", "t10k"):
-        write_mnist(
-            tmp_path / "MNIST" / "raw", np.kron(source.images, np.ones((3, 3), np.uint8)), source.targets, prefix
-        )
+        write_mnist(tmp_path / "MNIST" / "raw", np.kron(images, np.ones((3, 3), np.uint8)), digits.target[:360], prefix)
     options = options_for(tmp_path, "--dataset", "tv-MNIST", "--num-classes", "10")
     train = open_source(options, True)
     assert len(train) == 360 and len(train.class_names) == 10
     image, target = open_source(options, False).load(7)
-    assert image.size == (24, 24) and target == source.targets[7]
+    assert image.size == (24, 24) and target == digits.target[7]
 
 
 def test_torchvision_datasets_with_splits_are_read_under_synonyms(make_pictures):

@@ -16,7 +16,7 @@ from PIL import Image
 from timm.data import FastCollateMixup
 from timm.data.loader import fast_collate
 from timm.data.random_erasing import RandomErasing
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import BatchSampler, Dataset, Sampler, get_worker_info
 
 from ..common.errors import one_line
 from ..common.images import UnreadableImage, to_mode
@@ -60,10 +60,6 @@ class TrainBatches(Sampler[Batch]):
     def __len__(self) -> int:
         return self.n_images // (self.batch_size * self.world_size)
 
-    @property
-    def n_own(self) -> int:
-        return len(self) * self.batch_size
-
     def start(self, epoch: int, first: int = 0) -> None:
         """Begin the next iteration at this batch of this epoch."""
         self.epoch, self.first = epoch, first
@@ -80,23 +76,9 @@ class TrainBatches(Sampler[Batch]):
             yield self.batch(self.epoch, number)
 
 
-class EvalBatches(Sampler[Batch]):
+def eval_batches(n_images: int, batch_size: int, rank: int, world_size: int) -> BatchSampler:
     """This rank's share of all images in order, each exactly once over the ranks: nothing is padded or repeated."""
-
-    def __init__(self, n_images: int, batch_size: int, rank: int, world_size: int):
-        self.indices = list(range(rank, n_images, world_size))
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
-
-    @property
-    def n_own(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Batch]:
-        for number, start in enumerate(range(0, len(self.indices), self.batch_size)):
-            yield Batch(0, number, self.indices[start : start + self.batch_size])
+    return BatchSampler(range(rank, n_images, world_size), batch_size, drop_last=False)
 
 
 class EvalDataset(Dataset):
@@ -125,9 +107,9 @@ class EvalDataset(Dataset):
         unreadable.append(f"{self.source.name(index)} ({reason})")
         return None
 
-    def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         unreadable: list[str] = []
-        read = [sample for index in batch.indices if (sample := self.read(index, unreadable))]
+        read = [sample for index in indices if (sample := self.read(index, unreadable))]
         return *_collate([(self.transform(image), target) for image, target in read]), unreadable
 
 
@@ -155,7 +137,9 @@ class TrainDataset(EvalDataset):
         self.mixup = mixup
         self.mixup_off_epoch = mixup_off_epoch
 
-    def __getitems__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    def __getitems__(  # type: ignore[override]  # it goes with TrainBatches
+        self, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         samples: list[tuple[Any, int]] = []
         unreadable: list[str] = []
         for index in batch.indices:

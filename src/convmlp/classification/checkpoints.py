@@ -7,16 +7,21 @@ import errno
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 
+from .. import __version__
 from ..common.errors import RunError, one_line
 from ..common.files import write_atomically
 from ..weights import read_checkpoint
 from .settings import Options
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +50,8 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
             system = _system_error(error)
             if system is None:
                 raise OSError(one_line(error)) from error
-            needed = f", {_count_bytes(state) / 1e6:.0f} MB needed" if system.errno in FULL else ""
+            megabytes = sum(tensor.nbytes for _, tensor in named_tensors(state)) / 1e6
+            needed = f", {megabytes:.0f} MB needed" if system.errno in FULL else ""
             raise OSError(system.errno, f"{system.strerror}{needed}") from error
 
     write_atomically(path, save)
@@ -60,11 +66,13 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def _count_bytes(state: Any) -> int:
+def named_tensors(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a nested state, with the keys that lead to them."""
     if isinstance(state, torch.Tensor):
-        return state.nbytes
-    items = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
-    return sum(map(_count_bytes, items))
+        yield name, state
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    for key, value in items:
+        yield from named_tensors(value, f"{name}.{key}")
 
 
 def write_last(folder: Path, state: dict[str, Any]) -> None:
@@ -124,7 +132,75 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def check_same_run(
+def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
+    """The checkpoint of a run as it stands between two updates, or after the evaluation of an epoch.
+
+    All processes take part; the primary writes it.
+    """
+    best = trainer.history[trainer.best_epoch] if trainer.history else None
+    state: dict[str, Any] = {
+        "arch": trainer.options.model,
+        "epoch": trainer.epoch,
+        "batch": trainer.batch,
+        "evaluated": evaluated,
+        "updates": trainer.updates,
+        "skipped": trainer.skipped,
+        "loss_sums": trainer.process.gather(trainer.loss_sum.item()),
+        "loss_counts": trainer.process.gather(trainer.loss_count),
+        **trainer.task.get_checkpoint_state(),
+        **(trainer.task.get_checkpoint_state(ema=True) if trainer.task.has_ema() else {}),
+        "optimizer": trainer.optimizer.state_dict(),
+        "history": trainer.history,
+        "best": best and {"epoch": trainer.best_epoch, "value": trainer.metric(best)},
+        "class_names": trainer.class_names,
+        "data_config": dict(trainer.data_config),
+        "args": trainer.options.stored(),
+        "world_size": trainer.process.world_size,
+        "versions": {"convmlp": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+    }
+    if trainer.scaler.is_enabled():
+        state["scaler"] = trainer.scaler.state_dict()
+    return state
+
+
+def restore(trainer: "Trainer", path: Path, state: dict[str, Any]) -> None:
+    """Continue from a checkpoint of this run.
+
+    Raises:
+        RunError: it is of another run.
+    """
+    _check_same_run(path, state, trainer.options, trainer.class_names, trainer.process.world_size)
+    try:
+        trainer.task.load_checkpoint_state(state["state_dict"])
+        if trainer.task.has_ema():
+            trainer.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+        settings = [{k: v for k, v in g.items() if k != "params"} for g in trainer.optimizer.param_groups]
+        trainer.optimizer.load_state_dict(state["optimizer"])
+        for group, own in zip(trainer.optimizer.param_groups, settings, strict=True):
+            group.update(own)  # the options given now hold, not those of the checkpoint
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"{path} does not fit this run: {one_line(error)}") from error
+    if trainer.scaler.is_enabled() and "scaler" in state:
+        trainer.scaler.load_state_dict(state["scaler"])
+    trainer.updates, trainer.skipped, trainer.history = state["updates"], state["skipped"], state["history"]
+    # best.pth holds this epoch, so later ones are compared with it, by the metric that is asked for now
+    best = state["best"]["epoch"] if state.get("best") else 0
+    trainer.best_epoch = best if best in range(len(trainer.history)) else 0
+    if state["evaluated"]:
+        trainer.epoch, trainer.batch = state["epoch"] + 1, 0
+        trainer.updates = trainer.epoch * trainer.updates_per_epoch  # which another batch size may have changed
+    else:
+        trainer.epoch, trainer.batch = state["epoch"], state["batch"]
+        trainer.loss_sum.fill_(state["loss_sums"][trainer.process.rank])
+        trainer.loss_count = state["loss_counts"][trainer.process.rank]
+    if trainer.scheduler:
+        trainer.scheduler.step_update(trainer.updates)
+        for row in trainer.history:  # plateau is a function of the metrics so far
+            trainer.scheduler.step(int(row["epoch"]) + 1, trainer.metric(row))
+    _logger.info(f"resuming from {path}: epoch {trainer.epoch}, batch {trainer.batch}")
+
+
+def _check_same_run(
     path: Path, state: dict[str, Any], options: Options, class_names: Sequence[str], world_size: int
 ) -> None:
     """Make sure that a run with these options can continue from a checkpoint; warn of options that have changed.

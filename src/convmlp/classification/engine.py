@@ -16,13 +16,13 @@ from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from . import report
 from .batches import seed_all
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
 from .evaluation import Predictions, evaluate, log_unreadable
 from .finite import NONFINITE
 from .loaders import make_loader
 from .models import build_model, resolve_data_config
 from .options import parse_options
-from .process import Process, start_process
+from .process import start_process
 from .progress import ExternalLogs
 from .settings import Options
 from .sources import check_classes, open_source, relabel
@@ -36,13 +36,6 @@ EVALUATION_SETTINGS |= {"crop_pct", "crop_mode", "amp", "amp_dtype", "channels_l
 EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "val_num_samples"}
 
 
-def _start(options: Options) -> Process:
-    process = start_process(options.device)
-    if not process.primary:
-        logging.getLogger("convmlp").setLevel(logging.ERROR)
-    return process
-
-
 def train(options: Options) -> None:
     """Train as the options say, and leave the run in its folder.
 
@@ -50,7 +43,7 @@ def train(options: Options) -> None:
         RunError, CheckpointError: a mistake in options, data or files, found before training wherever that is possible.
         Diverged: the loss or the weights are not finite; the last good checkpoint stays.
     """
-    process = _start(options)
+    process = start_process(options.device)
     folder = run_folder(options)
     if process.gather(process.primary and was_restarted(folder))[0]:
         options = replace(options, resume="auto", overwrite=False)
@@ -69,7 +62,7 @@ def train(options: Options) -> None:
     )
     trainer = Trainer(options, process, folder, model, train_loader, val_loader, class_names, data_config)
     if resumed:
-        trainer.load(*resumed)
+        restore(trainer, *resumed)
     if not process.primary:
         trainer.run(None)
         return
@@ -94,7 +87,7 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
         if not any(argument.split("=")[0] == "--model" for argument in argv):
             check_source(str(settings.get("model")), path)
         options = parse_options(argv, base=settings)
-    process = _start(options)
+    process = start_process(options.device)
     source = open_source(options, train=False)
     if isinstance(kept.get("class_names"), list):
         source = relabel(source, kept["class_names"], path)

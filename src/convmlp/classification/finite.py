@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..common.errors import some
+from .checkpoints import named_tensors
 from .loaders import Loader
 
 NONFINITE = "nonfinite.txt"
@@ -52,7 +53,4 @@ class FiniteCheck:
 
 def find_nonfinite(state: Any, name: str) -> str | None:
     """The name of the first tensor in a nested state that holds NaN or infinity."""
-    if isinstance(state, torch.Tensor):
-        return None if torch.isfinite(state).all() else name
-    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
-    return next((bad for key, value in items if (bad := find_nonfinite(value, f"{name}.{key}"))), None)
+    return next((name for name, tensor in named_tensors(state, name) if not torch.isfinite(tensor).all()), None)

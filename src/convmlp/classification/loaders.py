@@ -3,17 +3,17 @@
 import logging
 import os
 from collections.abc import Iterator
-from typing import Any, Protocol, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from timm.data import FastCollateMixup, IterableImageDataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from ..common.devices import count_cores
 from ..common.errors import RunError, plural
 from ..common.signals import leave_signals_to_the_parent
-from .batches import EvalBatches, EvalDataset, KeyedErasing, TrainBatches, TrainDataset
+from .batches import EvalDataset, KeyedErasing, TrainBatches, TrainDataset, eval_batches
 from .process import Process
 from .settings import Augmentation, Data, Options
 from .sources import Source
@@ -35,43 +35,17 @@ class DataConfig(TypedDict):
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
 
-class Loader(Protocol):
-    """Batches on the device, normalised: (images float (b, c, h, w), targets)."""
+class _Loader(DataLoader):
+    """Takes the notes on unreadable images off the batches, for timm's loader that moves them to the device."""
 
-    resumable: bool  # whether an epoch can be continued at any batch
-    n_images: int  # in the whole data
-    n_own: int  # of them, those that this process sees in a pass
-
-    @property
-    def unreadable(self) -> list[str]:
-        """The images that could not be read so far."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Batches: ...
-
-    def start(self, epoch: int, first: int = 0) -> None:
-        """Begin the next iteration at this batch of this epoch."""
-
-    def names(self, epoch: int, number: int) -> list[str]:
-        """The images of a training batch, where that is known."""
-
-
-class _Unpacked:
-    """Takes the notes on unreadable images off the batches, for the loader that moves them to the device."""
-
-    def __init__(self, loader: DataLoader, train: bool, stop: bool):
-        self.loader = loader
-        self.train = train
-        self.stop = stop
+    def __init__(self, dataset: EvalDataset, on_bad_image: str, **settings: Any):
+        super().__init__(dataset, **settings)
+        self.stops = on_bad_image == "stop"
         self.unreadable: dict[str, None] = {}
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Batches:
-        for images, targets, unreadable in self.loader:
-            if unreadable and self.stop:
+    def __iter__(self) -> Any:
+        for images, targets, unreadable in super().__iter__():
+            if unreadable and self.stops:
                 raise RunError(f"unreadable image {unreadable[0]}; --on-bad-image skip goes on without it")
             for note in unreadable:
                 if note not in self.unreadable:
@@ -79,14 +53,17 @@ class _Unpacked:
                     self.unreadable[note] = None
             if len(images):
                 yield images, targets
-            elif self.train:  # no replacement was found
+            elif isinstance(self.dataset, TrainDataset):  # no replacement was found
                 raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {unreadable[0]}")
 
 
 class IndexedLoader:
-    """Loads images by index; an epoch can be continued anywhere."""
+    """Batches of images by index, on the device, normalised: (images float (b, c, h, w), targets).
 
-    resumable = True
+    `n_images` are in the whole data, and `n_own` of them are those that this process sees in a pass.
+    """
+
+    resumable = True  # an epoch can be continued at any batch
 
     def __init__(
         self, source: Source, options: Options, data_config: DataConfig, process: Process, num_classes: int, train: bool
@@ -95,9 +72,10 @@ class IndexedLoader:
         self.n_images = len(source)
         share = (process.rank, process.world_size)
         transform = _create_transform(options, data_config, train)
-        self.batches: TrainBatches | EvalBatches
+        self.batches: TrainBatches | BatchSampler
         if train:
             self.batches = TrainBatches(len(source), options.batch_size, options.seed, *share)
+            self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,
                 transform,
@@ -108,23 +86,23 @@ class IndexedLoader:
                 mixup_off_epoch=options.mixup_off_epoch,
             )
         else:
-            self.batches = EvalBatches(len(source), options.eval_batch_size, *share)
+            self.batches = eval_batches(len(source), options.eval_batch_size, *share)
+            self.n_own = len(range(process.rank, len(source), process.world_size))
             dataset = EvalDataset(source, transform, options.mode)
-        self.n_own = self.batches.n_own
         workers = count_workers(options)
-        loader = DataLoader(
+        self._loader = _Loader(
             dataset,
-            batch_sampler=self.batches,  # type: ignore[arg-type]  # a Batch, which is no list
-            collate_fn=_identity,
+            options.on_bad_image,
+            batch_sampler=self.batches,
+            collate_fn=tuple,
             num_workers=workers,
             pin_memory=options.pin_mem and process.device.type == "cuda",
             persistent_workers=workers > 0,
             worker_init_fn=leave_signals_to_the_parent,
             generator=torch.Generator(),  # the loader draws a seed for its workers from it, not from ours
         )
-        self._unpacked = _Unpacked(loader, train, stop=options.on_bad_image == "stop")
         self._on_device = PrefetchLoader(
-            self._unpacked,  # type: ignore[arg-type]  # any loader does
+            self._loader,
             mean=tuple(data_config["mean"]),
             std=tuple(data_config["std"]),
             channels=data_config["input_size"][0],
@@ -137,24 +115,27 @@ class IndexedLoader:
             self._on_device.random_erasing = self._erasing
 
     def __len__(self) -> int:
-        return len(self._unpacked)
+        return len(self._loader)
 
     def __iter__(self) -> Batches:
         return iter(self._on_device)
 
     def start(self, epoch: int, first: int = 0) -> None:
+        """Begin the next iteration at this batch of this epoch."""
         assert isinstance(self.batches, TrainBatches)  # there are no epochs in evaluation
         self.batches.start(epoch, first)
         if self._erasing:
             self._erasing.start(epoch, first)
 
     def names(self, epoch: int, number: int) -> list[str]:
+        """The images of a training batch."""
         assert isinstance(self.batches, TrainBatches)
         return [self.source.name(i) for i in self.batches.batch(epoch, number).indices]
 
     @property
     def unreadable(self) -> list[str]:
-        return list(self._unpacked.unreadable)
+        """The images that could not be read so far."""
+        return list(self._loader.unreadable)
 
 
 class StreamLoader:
@@ -217,6 +198,9 @@ class StreamLoader:
         return []
 
 
+Loader = IndexedLoader | StreamLoader
+
+
 def make_loader(
     source: Source | IterableImageDataset,
     options: Options,
@@ -229,11 +213,8 @@ def make_loader(
 
     `num_classes` are those that mixup mixes. In training images are augmented and shuffled.
     """
-    loader: Loader
-    if isinstance(source, IterableImageDataset):
-        loader = StreamLoader(source, options, data_config, process, num_classes, train)
-    else:
-        loader = IndexedLoader(source, options, data_config, process, num_classes, train)
+    kind: Any = StreamLoader if isinstance(source, IterableImageDataset) else IndexedLoader
+    loader: Loader = kind(source, options, data_config, process, num_classes, train)
     if train and not len(loader):
         ranks = f" x {process.world_size} processes" if process.distributed else ""
         images = plural(loader.n_images, "image")
@@ -290,7 +271,3 @@ def _transform_settings(options: Augmentation, data_config: DataConfig, train: b
         "auto_augment": options.aa,
         "interpolation": options.train_interpolation,
     }
-
-
-def _identity(batch: Any) -> Any:
-    return batch

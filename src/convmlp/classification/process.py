@@ -1,5 +1,6 @@
 """This process among those of the run, and the device it works on."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,10 +58,15 @@ class Process:
 
 
 def start_process(device: str) -> Process:
-    """Choose the device and join the other processes that torchrun or Slurm started (nccl on GPUs, else gloo)."""
+    """Choose the device and join the other processes that torchrun or Slurm started (nccl on GPUs, else gloo).
+
+    Only the primary process logs more than errors.
+    """
     chosen = choose_device(device)
     if chosen.type == "cuda" and int(os.environ.get("LOCAL_RANK", 0)) >= torch.cuda.device_count():
         raise RunError(f"more processes on this machine than its {torch.cuda.device_count()} GPUs")
     settings = SimpleNamespace(device=str(chosen))
     chosen = init_distributed_device(settings)
+    if settings.rank:
+        logging.getLogger("convmlp").setLevel(logging.ERROR)
     return Process(chosen, settings.rank, settings.local_rank, settings.world_size)

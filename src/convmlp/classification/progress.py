@@ -71,9 +71,7 @@ def epoch_line(row: dict[str, float], epochs: int, pace: str, seconds: float) ->
     """What the log says of an epoch that took so many seconds."""
     epoch = int(row["epoch"])
     ema = f" (averaged {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
-    minutes, left = divmod(round((epochs - epoch - 1) * seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    time_left = f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+    time_left = tqdm.format_interval((epochs - epoch - 1) * seconds)
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
         f"top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  lr {row['lr']:.1e}  {pace}  "

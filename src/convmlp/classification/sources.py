@@ -3,6 +3,8 @@
 import inspect
 import logging
 import tarfile
+from collections.abc import Iterable
+from copy import copy
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
@@ -31,23 +33,29 @@ PACKAGES = {"hfds": "datasets", "hfids": "datasets", "tfds": "tensorflow-dataset
 class Source:
     """Images with the numbers of their classes, each to be had by its index; here pairs as of torchvision's datasets.
 
-    `class_names` are empty where the data does not tell.
+    `class_names` are empty where the data does not tell; `relabel` gives others.
     """
 
-    def __init__(self, data: Any, title: str):
+    def __init__(self, data: Any, title: str, classes: Iterable[object] | None = None):
         self.data = data
         self.title = title
-        names = getattr(data, "classes", None)
+        names = getattr(data, "classes", None) if classes is None else classes
         if names is None:
             targets = next((getattr(data, n) for n in ("targets", "labels", "_labels") if hasattr(data, n)), None)
             names = [] if targets is None else range(int(max(targets)) + 1)
         self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
+        self.numbers: list[int] = []  # of the classes, if not those of the data
 
     def __len__(self) -> int:
         return len(self.data)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """An image and the number of its class."""
+        image, target = self.read(index)
+        return image, self.numbers[target] if self.numbers else target
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """An image and the number that the data gives to its class."""
         image, target = self.data[index]
         return image, int(target)
 
@@ -60,11 +68,10 @@ class ReaderSource(Source):
     """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
 
     def __init__(self, reader: Any):
-        self.data = reader
-        classes = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
-        self.class_names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+        classes: Any = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        super().__init__(reader, "", sorted(classes, key=classes.get))
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def read(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.data[index][:2]
         with file:
             return open_image(file), int(target)
@@ -73,42 +80,16 @@ class ReaderSource(Source):
         return str(self.data.filename(index, absolute=True))
 
 
-class RelabelledSource(Source):
-    """Another source with its classes numbered as in `class_names`, which may have more of them."""
-
-    def __init__(self, source: Source, class_names: list[str]):
-        self.data = source
-        self.class_names = class_names
-        self._numbers = [class_names.index(name) for name in source.class_names]
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        image, target = self.data.load(index)
-        return image, self._numbers[target]
-
-    def name(self, index: int) -> str:
-        return self.data.name(index)
-
-
-class Digits:
+def _digits(train: bool) -> Source:
     """scikit-learn's 1797 handwritten digits, 8x8 grey; 360 of them, as many of each digit, are held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
-    def __init__(self, train: bool):
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-
-        digits = load_digits()
-        parts = train_test_split(
-            digits.images, digits.target, test_size=N_HELD_OUT_DIGITS, stratify=digits.target, random_state=0
-        )
-        images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
-        self.images = np.round(images * 255 / 16).astype(np.uint8)
-        self.classes = digits.target_names
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), self.targets[index]
+    digits = load_digits()
+    images = np.round(digits.images * 255 / 16).astype(np.uint8)
+    pairs = list(zip(map(Image.fromarray, images), digits.target, strict=True))
+    parts = train_test_split(pairs, test_size=N_HELD_OUT_DIGITS, stratify=digits.target, random_state=0)
+    return Source(parts[0] if train else parts[1], "digits train" if train else "digits held-out", range(10))
 
 
 def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
@@ -120,7 +101,7 @@ def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
     name = options.dataset
     split = options.train_split if train else options.val_split
     if name == "sklearn-digits":
-        return Source(Digits(train), "digits train" if train else "digits held-out")
+        return _digits(train)
     if name.startswith("tv-"):
         return _torchvision_source(options, split, train)
     names = read_class_names(options.class_map) if options.class_map else []
@@ -290,4 +271,9 @@ def relabel(source: Any, class_names: list[str], path: str) -> Any:
             f"{path} does not know the class {unknown[0]} of the data ({len(unknown)} such); it knows "
             f"{some(class_names, 5)}"
         )
-    return source if not names or names == class_names else RelabelledSource(source, class_names)
+    if not names or names == class_names:
+        return source
+    relabelled = copy(source)
+    relabelled.numbers = [class_names.index(names[number]) for number in source.numbers or range(len(names))]
+    relabelled.class_names = class_names
+    return relabelled

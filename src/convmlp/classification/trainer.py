@@ -5,25 +5,24 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
-import timm
 import torch
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .. import __version__
 from ..common.devices import autocast, resolve_amp_dtype
-from ..common.errors import Diverged, RunError, Stopped, one_line, plural
+from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
 from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .batches import seed_all
-from .checkpoints import BEST, LAST, check_same_run, write_checkpoint, write_last
+from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
 from .evaluation import FullBatches, Predictions, evaluate, log_unreadable
 from .finite import FiniteCheck, find_nonfinite
 from .loaders import DataConfig, Loader
@@ -38,28 +37,21 @@ WRITTEN = [BEST, LAST, "summary.csv", "args.yaml", "curves.png", "confusion_matr
 WRITTEN += ["per_class.csv"]
 
 
+@dataclass(eq=False)
 class Trainer:
     """A training run: what changes during it, and how it is saved and continued."""
 
-    def __init__(
-        self,
-        options: Options,
-        process: Process,
-        folder: Path,
-        model: nn.Module,
-        train_loader: Loader,
-        val_loader: Loader,
-        class_names: list[str],
-        data_config: DataConfig,
-    ):
-        self.options = options
-        self.process = process
-        self.folder = folder
-        self.model = model
-        self.train_loader = train_loader
-        self.val_loader = val_loader
-        self.class_names = class_names
-        self.data_config = data_config
+    options: Options
+    process: Process
+    folder: Path
+    model: nn.Module
+    train_loader: Loader
+    val_loader: Loader
+    class_names: list[str]
+    data_config: DataConfig
+
+    def __post_init__(self) -> None:
+        options, process, model = self.options, self.process, self.model
         self.amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
         if options.amp and self.amp_dtype is None:
             _logger.info("this CPU has no native bfloat16: training in float32, as with --no-amp")
@@ -68,7 +60,7 @@ class Trainer:
         self.eval_model = model  # without DDP, whose forward would wait for the other processes
         self._prepare_task()
         self.optimizer = build_optimizer(options, model, process.device)
-        self.updates_per_epoch = -(-len(train_loader) // options.grad_accum_steps)
+        self.updates_per_epoch = -(-len(self.train_loader) // options.grad_accum_steps)
         self.scheduler, self.epochs = build_schedule(options, self.optimizer, self.updates_per_epoch)
 
         self.epoch = 0
@@ -79,7 +71,7 @@ class Trainer:
         self.loss_sum = torch.zeros((), dtype=precise, device=process.device)
         self.loss_count = 0
         self.stop = StopRequest()
-        self.finite = FiniteCheck(folder, train_loader, process.rank)
+        self.finite = FiniteCheck(self.folder, self.train_loader, process.rank)
         self.saved_at = time.monotonic()
         self.history: list[dict[str, float]] = []
         self.best_epoch = 0  # the one that best.pth holds
@@ -172,8 +164,10 @@ class Trainer:
                     self._save_and_stop()
                 if saves_now:
                     self.save(evaluated=False)
-            if first < n_batches:
-                self._share_statistics()
+        if first < n_batches and process.distributed and options.dist_bn:
+            distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
+            if self.average is not None:
+                distribute_bn(self.average, process.world_size)
         count, total = sum(process.gather(self.loss_count)), sum(process.gather(self.loss_sum.item()))
         return total / count if count else math.nan, clock.pace()
 
@@ -263,14 +257,6 @@ class Trainer:
                 "--no-amp may help; --skip-nonfinite N leaves out up to N such updates"
             )
 
-    def _share_statistics(self) -> None:
-        """Give all processes the same statistics of BatchNorm."""
-        options, process = self.options, self.process
-        if process.distributed and options.dist_bn:
-            distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
-            if self.average is not None:
-                distribute_bn(self.average, process.world_size)
-
     def evaluate_epoch(self, train_loss: float) -> dict[str, float] | None:
         """The row of this epoch in the summary, or None if a signal came first."""
         row: dict[str, float] = {"epoch": self.epoch, "train_loss": train_loss}
@@ -286,17 +272,17 @@ class Trainer:
         if self._rank(row) > self._rank(self.history[self.best_epoch]):
             self.best_epoch = self.epoch
         if self.scheduler:
-            self.scheduler.step(self.epoch + 1, self._metric(row))
+            self.scheduler.step(self.epoch + 1, self.metric(row))
         return row
 
-    def _metric(self, row: dict[str, float], name: str = "") -> float:
+    def metric(self, row: dict[str, float], name: str = "") -> float:
         """A figure of an epoch, by default that of --eval-metric: of the averaged weights where they are kept."""
         prefix = "eval_ema_" if self.task.has_ema() else "eval_"
         return row[prefix + (name or self.options.eval_metric)]
 
     def _rank(self, row: dict[str, float]) -> tuple[bool, float, float]:
         """What makes an epoch better: a figure at all, a better one, and of equal ones the lower validation loss."""
-        metric, loss = self._metric(row), self._metric(row, "loss")
+        metric, loss = self.metric(row), self.metric(row, "loss")
         if math.isnan(metric):
             return False, 0, 0
         return True, -metric if self.options.eval_metric == "loss" else metric, -math.inf if math.isnan(loss) else -loss
@@ -304,74 +290,9 @@ class Trainer:
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    # A checkpoint stands between two updates: at `batch` of `epoch`, or after the evaluation of `epoch`.
-
-    def state(self, evaluated: bool) -> dict[str, Any]:
-        """The checkpoint; all processes take part, the primary writes it."""
-        best = self.history[self.best_epoch] if self.history else None
-        state: dict[str, Any] = {
-            "arch": self.options.model,
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "evaluated": evaluated,
-            "updates": self.updates,
-            "skipped": self.skipped,
-            "loss_sums": self.process.gather(self.loss_sum.item()),
-            "loss_counts": self.process.gather(self.loss_count),
-            **self.task.get_checkpoint_state(),
-            **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
-            "optimizer": self.optimizer.state_dict(),
-            "history": self.history,
-            "best": best and {"epoch": self.best_epoch, "value": self._metric(best)},
-            "class_names": self.class_names,
-            "data_config": dict(self.data_config),
-            "args": self.options.stored(),
-            "world_size": self.process.world_size,
-            "versions": {"convmlp": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
-        }
-        if self.scaler.is_enabled():
-            state["scaler"] = self.scaler.state_dict()
-        return state
-
-    def load(self, path: Path, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of this run.
-
-        Raises:
-            RunError: it is of another run.
-        """
-        check_same_run(path, state, self.options, self.class_names, self.process.world_size)
-        try:
-            self.task.load_checkpoint_state(state["state_dict"])
-            if self.task.has_ema():
-                self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
-            settings = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
-            self.optimizer.load_state_dict(state["optimizer"])
-            for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-                group.update(own)  # the options given now hold, not those of the checkpoint
-        except (RuntimeError, ValueError) as error:
-            raise RunError(f"{path} does not fit this run: {one_line(error)}") from error
-        if self.scaler.is_enabled() and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
-        self.updates, self.skipped, self.history = state["updates"], state["skipped"], state["history"]
-        # best.pth holds this epoch, so later ones are compared with it, by the metric that is asked for now
-        best = state["best"]["epoch"] if state.get("best") else 0
-        self.best_epoch = best if best in range(len(self.history)) else 0
-        if state["evaluated"]:
-            self.epoch, self.batch = state["epoch"] + 1, 0
-            self.updates = self.epoch * self.updates_per_epoch  # which another batch size may have changed
-        else:
-            self.epoch, self.batch = state["epoch"], state["batch"]
-            self.loss_sum.fill_(state["loss_sums"][self.process.rank])
-            self.loss_count = state["loss_counts"][self.process.rank]
-        if self.scheduler:
-            self.scheduler.step_update(self.updates)
-            for row in self.history:  # plateau is a function of the metrics so far
-                self.scheduler.step(int(row["epoch"]) + 1, self._metric(row))
-        _logger.info(f"resuming from {path}: epoch {self.epoch}, batch {self.batch}")
-
     def save(self, evaluated: bool) -> None:
         """Write last.pth, unless weights, averages or the optimizer's moments have become NaN or infinite."""
-        state = self.state(evaluated)
+        state = capture(self, evaluated)
         for part in ("state_dict", "state_dict_ema", "optimizer"):
             name = find_nonfinite(state.get(part), part)
             if name:
