@@ -10,42 +10,43 @@ slows all of them alike. Ctrl-C and SIGTERM end the measuring; what was measured
 
 import argparse
 import json
+import multiprocessing
+import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import product
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import speed_report as report
-import timm
+import speed_report
 import torch
-from peers import IMG_SIZE, SIMILAR, published
-from PIL import Image
-from sklearn.datasets import load_sample_images
+from peers import SIMILAR, published
 from tqdm import tqdm
-from turns import Worker, take_turns
-from workloads import BASE, Variant
+from workloads import BASE, Variant, loading_variants, peak_memory, prepare
 
 from convmlp import deploy
 from convmlp.common.command import Parser, positive_float, positive_int, run
 from convmlp.common.devices import choose_device, count_cores, resolve_amp_dtype
-from convmlp.common.errors import RunError, some, suggest
+from convmlp.common.errors import RunError, one_line, some
 from convmlp.common.figures import check_format, save_figure
 from convmlp.common.files import check_writable
 from convmlp.common.output import say, show_table, write_result
 from convmlp.common.packages import missing, need, pip_line
-from convmlp.timm_models import check_name
 from convmlp.use.classifier import open_any
 
-DTYPES = ("float32", "bfloat16", "float16")
 MODES = {  # each by itself in inference; in training each adds to the one before
     "inference": ("eager", "amp", "channels-last", "folded", "compiled", "prepared", "onnxruntime", "openvino"),
     "training": ("eager", "channels-last", "fused", "compiled"),
 }
 PACKAGES = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-N_SAMPLES, SAMPLE_SIZE = 64, (500, 400)  # the size of most images in ImageNet
+PAUSE = 0.1  # seconds between turns, in which the threads of the last one stop spinning
+PATIENCE = 5  # seconds in which a process may end by itself and remove its files
+ENDED = (EOFError, BrokenPipeError, ConnectionResetError)  # of a pipe whose other end is gone
 
 
 def make_parser() -> Parser:
@@ -56,10 +57,12 @@ def make_parser() -> Parser:
     add("--peers", action="store_true", help="also models of timm whose accuracy is similar")
     add("--train", action="store_true", help="training steps instead of inference")
     add("--loading", action="store_true", help="loading of training images, alone or beside --train")
-    modes = f"{', '.join(MODES['inference'])}; with --train {', '.join(MODES['training'])}, each of which adds to the "
-    modes += "one before; eager float32 is always there (all that this machine can run)"
-    add("--modes", nargs="+", metavar="MODE", help=modes)
-    add("--dtypes", nargs="+", metavar="DTYPE", help=f"{', '.join(DTYPES)} (all that the device has natively)")
+    modes = dict.fromkeys([*MODES["inference"], *MODES["training"]])
+    training = f"(all that this machine can run); with --train {', '.join(MODES['training'])}, each adds to the last"
+    add("--modes", nargs="+", choices=modes, metavar="MODE", help=f"{', '.join(MODES['inference'])} {training}")
+    dtypes = ("float32", "bfloat16", "float16")
+    help_dtypes = f"{', '.join(dtypes)} (float32 and what the device has for mixed precision)"
+    add("--dtypes", nargs="+", choices=dtypes, metavar="DTYPE", help=help_dtypes)
     batches = "images at once (1 8, on a GPU 1 128; with --train 16, on a GPU 128)"
     add("--batch-sizes", nargs="+", type=positive_int, metavar="N", help=batches)
     add("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees (its own)")
@@ -76,11 +79,7 @@ def make_parser() -> Parser:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Whether the options go together.
-
-    Raises:
-        RunError: they do not, or a file cannot be written.
-    """
+    """Raise what does not go together, or cannot be written."""
     of_loading, of_models = ("data", "workers"), ("modes", "dtypes", "batch_sizes", "threads", "peers", "plot")
     with_models = options.train or not options.loading
     for name in (() if options.loading else of_loading) + (() if with_models else of_models):
@@ -110,51 +109,36 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[list[V
         RunError: a name is not known, or this machine can run nothing of what was asked for.
     """
     task, on_cpu = "training" if options.train else "inference", device.type == "cpu"
-    check_known("--modes", options.modes or (), MODES[task])
-    check_known("--dtypes", options.dtypes or (), DTYPES)
     for mode in options.modes or ():
         need(f"--modes {mode}", *PACKAGES.get(mode, ()))
     models = list(dict.fromkeys([*(options.models or ["convmlp_s"]), *(SIMILAR if options.peers else ())]))
     for model in models:
-        if timm.is_model(model.partition(".")[0]) and not Path(model).exists():
-            check_name("--model", model)
-        else:
-            open_any(model, pretrained=False, device="cpu", img_size=options.img_size)
+        open_any(model, pretrained=False, device="cpu", img_size=options.img_size)
     if options.plot and not any(published(model) for model in models):
         raise RunError(f"--plot: no published accuracy is known of {some(models)}; --peers adds models that have one")
     # Mixed precision is the usual way of 2021, on a GPU
     modes = options.modes or [mode for mode in MODES[task] if mode not in ({"amp"} if on_cpu else PACKAGES)]
-    dtypes = options.dtypes or native_dtypes(device)
-    pairs = {(mode, dtype): why_not(task, mode, dtype, device) for mode in modes for dtype in dtypes}
-    left_out = [f"{mode} {dtype}: {reason}" for (mode, dtype), reason in pairs.items() if reason]
-    if len(left_out) == len(pairs):
+    own = resolve_amp_dtype("auto", device)
+    dtypes = options.dtypes or ["float32", *([str(own).removeprefix("torch.")] if own else [])]
+    reasons = {pair: why_not(task, *pair, device) for pair in product(modes, dtypes)}
+    left_out = [f"{mode} {dtype}: {reason}" for (mode, dtype), reason in reasons.items() if reason]
+    if len(left_out) == len(reasons):
         raise RunError(f"nothing is left to compare: {'; '.join(left_out)}")
-    fit = dict.fromkeys([BASE, *(pair for pair, reason in pairs.items() if not reason)])
-    sizes = {("inference", True): (1, 8), ("inference", False): (1, 128), ("training", True): (16,)}
-    threads = options.threads or torch.get_num_threads()
-    common = {"device": str(device), "threads": threads, "img_size": options.img_size}
+    fit = dict.fromkeys([BASE, *(pair for pair, reason in reasons.items() if not reason)])
+    usual = {("inference", True): [1, 8], ("inference", False): [1, 128], ("training", True): [16]}
+    common = {"device": str(device), "threads": options.threads or torch.get_num_threads()}
     products = [Variant("products", **common, dtype=dtype) for dtype in dict.fromkeys(dtype for _, dtype in fit)]
     groups = []
-    for model, size in product(models, dict.fromkeys(options.batch_sizes or sizes.get((task, on_cpu), (128,)))):
-        names = {"model": model, "batch_size": size}
-        groups.append([*products, *(Variant(task, **common, **names, mode=mode, dtype=dtype) for mode, dtype in fit)])
+    for model, size in product(models, dict.fromkeys(options.batch_sizes or usual.get((task, on_cpu), [128]))):
+        names = {**common, "model": model, "batch_size": size, "img_size": options.img_size}
+        groups.append([*products, *(Variant(task, **names, mode=mode, dtype=dtype) for mode, dtype in fit)])
     return groups, left_out
 
 
-def check_known(option: str, names: Iterable[str], known: Sequence[str]) -> None:
-    for name in names:
-        if name not in known:
-            raise RunError(f"unknown {option} {name}{suggest(name, known) or f'; there are {some(known, 9)}'}")
-
-
-def native_dtypes(device: torch.device) -> list[str]:
-    if device.type == "cuda":
-        return [dtype for dtype in DTYPES if dtype != "bfloat16" or torch.cuda.is_bf16_supported()]
-    return ["float32", *(["bfloat16"] if resolve_amp_dtype("auto", device) == torch.bfloat16 else [])]
-
-
 def why_not(task: str, mode: str, dtype: str, device: torch.device) -> str:
-    """Why a mode does not go together with a number format or a device here, or ''."""
+    """Why a mode does not go together with a task, a number format or a device here, or ''."""
+    if mode not in MODES[task]:
+        return f"it is not for {task}"
     if mode in PACKAGES and device.type != "cpu":
         return f"it is measured on CPUs only, not on {device.type}"
     if absent := missing(*PACKAGES.get(mode, ())):
@@ -165,65 +149,85 @@ def why_not(task: str, mode: str, dtype: str, device: torch.device) -> str:
         return "mixed precision needs a type of 16 bits"
     if task == "training" and dtype == "float16" and device.type != "cuda":
         return "PyTorch scales gradients for it on CUDA only"
-    if dtype == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        return f"{torch.cuda.get_device_name(device)} does not have it"
     return ""
 
 
-def loading_group(options: argparse.Namespace, device: torch.device, temporary: Path) -> list[Variant]:
-    """Loading by the process itself, on one core, and by loading processes."""
-    if not options.data:
-        write_samples(temporary / "train" / "photographs")
-    data, side = options.data or str(temporary), options.img_size or IMG_SIZE
-    return [
-        Variant("loading", str(device), 1, img_size=side, data=data, workers=workers)
-        for workers in (0, options.workers)
-    ]
+@dataclass
+class Worker:
+    """The process of a variant, with what it has said: facts when it was ready, then seconds a call, for each turn."""
+
+    variant: Variant
+    facts: dict[str, Any] = field(default_factory=dict)
+    turns: list[list[float]] = field(default_factory=list)
+    process: Any = None
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self.variant))
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which it inherits: this process ends it
+        process.start()
+        signal.signal(signal.SIGINT, handler)
+        self.process = process
+        theirs.close()
+
+    def ask(self, seconds: float | None) -> None:
+        """Let it measure for so long, or, None, prepare; after it has failed, do nothing."""
+        if "failed" in self.facts:
+            return
+        try:
+            self.connection.send(seconds)
+            answer = self.connection.recv()
+        except ENDED:
+            self.process.join()
+            code = self.process.exitcode
+            killed = "was killed, perhaps because memory ran out" if code == -9 else f"ended with code {code}"
+            answer = {"failed": f"its process {killed}"}
+        self.turns += [answer.pop("times")] if "times" in answer else []
+        self.facts |= answer
 
 
-def write_samples(folder: Path) -> None:
-    """JPEG files as large as is usual in ImageNet, pieces of two photographs."""
-    folder.mkdir(parents=True)
-    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    rng = np.random.default_rng(0)
-    for number in range(N_SAMPLES):
-        photograph = photographs[number % len(photographs)]
-        width, height = (side * rng.uniform(0.75, 1) for side in photograph.size)
-        x, y = rng.uniform(0, photograph.width - width), rng.uniform(0, photograph.height - height)
-        piece = photograph.resize(SAMPLE_SIZE, Image.Resampling.BICUBIC, box=(x, y, x + width, y + height))
-        piece.save(folder / f"{number:02}.jpg", quality=95)
+def serve(connection: Connection, variant: Variant) -> None:
+    """Prepare the work when the other end of a pipe says so, then measure for as many seconds as each message says."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # which results and messages of the main process have for themselves
+        os.dup2(nowhere, stream)
+    try:
+        connection.recv()
+        started, before = time.perf_counter(), peak_memory("cpu")
+        measure, facts = prepare(variant)
+        connection.send({**facts, "before_mb": before, "prepared_in_s": time.perf_counter() - started})
+        while True:
+            times = measure(connection.recv())
+            connection.send({"times": times, "peak_mb": peak_memory(variant.device)})
+    except ENDED:
+        pass
+    except Exception as error:  # of compilers, drivers and models, which raise anything
+        kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+        connection.send({"failed": kind + one_line(error, 250)})
 
 
-def work(argv: list[str]) -> None:
-    options = make_parser().parse(argv)
-    check(options)
-    device = choose_device(options.device)
-    groups, left_out = plan(options, device) if options.train or not options.loading else ([], [])
-    was_busy = report.is_busy()
-    with tempfile.TemporaryDirectory() as temporary:
-        if options.loading:
-            groups = [loading_group(options, device, Path(temporary)), *groups]
-        teams = [[Worker(variant) for variant in group] for group in groups]
-        was_interrupted = measure(teams, options.rounds, options.seconds)
-    found = report.Report(teams, left_out, was_busy, was_interrupted)
-    if was_interrupted and not found.rows + found.loading:
-        raise KeyboardInterrupt
-    write_result(options.json, lambda file: json.dump(found.as_json(["benchmark.py", *argv]), file, indent=1))
-    if options.json != "-":
-        for table, notes in found.sections():
-            show_table(table, whole=True)
-            print(*notes, sep="\n")
-    if options.plot:
-        unknown = dict.fromkeys(row["model"] for row in found.rows if row["top1"] is None)
-        if unknown:
-            say(f"not in the plot, because no published accuracy is known: {', '.join(unknown)}")
-        save_figure(report.speed_figure(found.rows, found.machine), Path(options.plot))
-        say(f"drawn: {options.plot}")
-    if was_interrupted:
-        raise KeyboardInterrupt
-    failed = [row["failed"] for row in found.rows + found.loading if "failed" in row]
-    if len(failed) == len(found.rows + found.loading):
-        raise RunError(f"nothing could be measured: {failed[0]}")
+def take_turns(workers: Sequence[Worker], rounds: int, seconds: float, tell: Callable[[str], None]) -> None:
+    """Measure in rounds; every second one goes backwards, so that nobody always follows the same one."""
+    try:
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            tell(f"preparing {worker.variant}")
+            worker.ask(None)
+        for number in range(rounds):
+            for worker in workers[:: -1 if number % 2 else 1]:
+                tell(f"round {number + 1} of {rounds}: {worker.variant}")
+                time.sleep(PAUSE)
+                worker.ask(seconds)
+    finally:
+        started = [worker for worker in workers if worker.process]
+        for worker in started:
+            worker.connection.close()
+        for worker in started:
+            worker.process.join(PATIENCE)  # to remove its files; one that is at work is killed
+            worker.process.kill()
+            worker.process.join()
 
 
 def measure(teams: Sequence[Sequence[Worker]], rounds: int, seconds: float) -> bool:
@@ -242,6 +246,37 @@ def measure(teams: Sequence[Sequence[Worker]], rounds: int, seconds: float) -> b
         except KeyboardInterrupt:
             return True
     return False
+
+
+def work(argv: list[str]) -> None:
+    options = make_parser().parse(argv)
+    check(options)
+    device = choose_device(options.device)
+    groups, left_out = plan(options, device) if options.train or not options.loading else ([], [])
+    was_busy = speed_report.is_busy()
+    with tempfile.TemporaryDirectory() as temporary:
+        if options.loading:
+            groups = [loading_variants(str(device), options, Path(temporary)), *groups]
+        teams = [[Worker(variant) for variant in group] for group in groups]
+        interrupted = measure(teams, options.rounds, options.seconds)
+    found = speed_report.describe(teams, ["benchmark.py", *argv], was_busy, interrupted, left_out)
+    rows = found["loading"] + found["results"]
+    if rows:
+        write_result(options.json, lambda file: json.dump(found, file, indent=1))
+    if rows and options.json != "-":
+        show_table(speed_report.make_table(rows), whole=True)
+        planned = sum(variant.task != "products" for group in groups for variant in group)
+        print(*speed_report.notes(found, planned), sep="\n")
+    if rows and options.plot:
+        unknown = dict.fromkeys(row["model"] for row in found["results"] if row["top1"] is None)
+        if unknown:
+            say(f"not in the plot, because no published accuracy is known: {', '.join(unknown)}")
+        save_figure(speed_report.speed_figure(found["results"], found["machine"]["name"]), Path(options.plot))
+        say(f"drawn: {options.plot}")
+    if interrupted:
+        raise KeyboardInterrupt
+    if all("failed" in row for row in rows):
+        raise RunError(f"nothing could be measured: {rows[0]['failed']}")
 
 
 if __name__ == "__main__":

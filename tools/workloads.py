@@ -1,6 +1,8 @@
 """The work that benchmark.py measures: inference, training steps, matrix products, loading of images."""
 
+import argparse
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,20 +12,23 @@ from typing import Any
 
 import torch
 from peers import IMG_SIZE
+from PIL import Image
+from sklearn.datasets import load_sample_images
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torchvision.transforms import RandomResizedCrop
 
 from convmlp import deploy
-from convmlp.classification.loaders import Loader, default_workers
+from convmlp.classification.loaders import count_workers, make_loader
 from convmlp.classification.options import parse_options
 from convmlp.classification.process import Process
 from convmlp.classification.sources import open_source
 from convmlp.common.classes import SPLITS
 from convmlp.common.devices import autocast
-from convmlp.common.errors import RunError
+from convmlp.common.errors import RunError, plural
 from convmlp.use import info
 from convmlp.use.classifier import open_any
 
@@ -55,56 +60,55 @@ class Variant:
     workers: int | None = None
 
     def __str__(self) -> str:
-        if self.task in ("inference", "training"):
-            return f"{self.model} {self.mode} {self.dtype}, batch {self.batch_size}"
-        return f"{self.dtype} matrix products" if self.task == "products" else "loading"
-
-    @property
-    def is_base(self) -> bool:
-        return (self.mode, self.dtype) == BASE
+        return f"{self.model or self.task} {self.mode} {self.dtype}, batch {self.batch_size}"
 
 
 def prepare(variant: Variant) -> tuple[Measure, dict[str, Any]]:
     """What measures a variant in this process, and what there is to say about it."""
-    device = torch.device(variant.device)
     torch.set_num_threads(variant.threads)
     torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
     if variant.task == "loading":
         return prepare_loading(variant)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
+    if variant.device.startswith("cuda"):
+        torch.cuda.set_device(variant.device)
     tasks = {"inference": prepare_inference, "training": prepare_training, "products": prepare_products}
     run, facts = tasks[variant.task](variant)
     run()
-    statement = "run(); torch.mps.synchronize()" if device.type == "mps" else "run()"  # on CUDA the timer does it
     from torch.utils.benchmark import Timer  # which says on standard error that there is no GPU
 
+    statement = "run()" if variant.device == "cpu" else "run(); torch.accelerator.synchronize()"
     timer = Timer(statement, globals={"run": run, "torch": torch}, num_threads=variant.threads)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
 
     def measure(seconds: float) -> list[float]:
         times = timer.blocked_autorange(min_run_time=seconds).times
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # for the others, whose turn it is
+        torch.cuda.empty_cache()  # for the others, whose turn it is
         return times
 
     return measure, facts
 
 
+def peak_memory(device: str) -> float | None:
+    """The most MiB that were allocated on a GPU, or that this process ever had."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")  # getrusage would count the process that started this one, too
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) / 2**10 if found else None
+
+
 def prepare_products(variant: Variant) -> tuple[Run, dict[str, Any]]:
     """The product of two large square matrices."""
-    device, dtype = torch.device(variant.device), getattr(torch, variant.dtype)
-
-    side = {"cpu": 1024, "cuda": 8192, "mps": 4096}[device.type]
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    side = 1024 if variant.device == "cpu" else 8192
+    a, b = torch.randn(2, side, side, device=variant.device).to(getattr(torch, variant.dtype))
     return partial(torch.mm, a, b, out=torch.empty_like(a)), {"operations": 2 * side**3}
 
 
-def open_model(variant: Variant) -> tuple[nn.Module, torch.Tensor]:
-    """The model of a variant in evaluation mode, and a batch of noise; both are the same in every process."""
+def open_model(variant: Variant) -> tuple[nn.Module, torch.Tensor, dict[str, Any]]:
+    """The model of a variant in evaluation mode, a batch of noise, and what an image costs in the base.
+
+    Model and noise are the same in every process.
+    """
     torch.manual_seed(0)
     classifier = open_any(variant.model, pretrained=False, device="cpu", img_size=variant.img_size)
     for module in classifier.model.modules():
@@ -115,35 +119,22 @@ def open_model(variant: Variant) -> tuple[nn.Module, torch.Tensor]:
                 nn.init.uniform_(module.running_var, 0.5, 1.5)
         if isinstance(module, nn.Linear) and not module.weight.any():
             nn.init.normal_(module.weight, std=0.02)
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(variant.batch_size, *classifier.data_config["input_size"], generator=generator)
-    return classifier.model.to(variant.device), x.to(variant.device)
-
-
-def _cost(model: nn.Module, x: torch.Tensor, variant: Variant) -> dict[str, Any]:
-    """What the base says for all variants of a model: the size of an image, and what it costs."""
-    if not variant.is_base:
-        return {}
-    _, c, h, w = x.shape
-    cost = info.measure(model, (c, h, w))
-    return {"macs": cost.macs, "parameters": cost.parameters, "input_size": [c, h, w]}
+    model, size = classifier.model.to(variant.device), classifier.data_config["input_size"]
+    x = torch.randn(variant.batch_size, *size, generator=torch.Generator().manual_seed(1)).to(variant.device)
+    is_base = (variant.mode, variant.dtype) == BASE
+    return model, x, {"macs": info.measure(model, size).macs, "input_size": list(size)} if is_base else {}
 
 
 @torch.no_grad()
 def prepare_inference(variant: Variant) -> tuple[Run, dict[str, Any]]:
     """A model in one of its modes, and the largest difference of a logit from eager float32, over the largest logit."""
-    model, x = open_model(variant)
+    model, x, facts = open_model(variant)
     model.requires_grad_(False)
     expected = model(x)
-    facts = _cost(model, x, variant)
     forward = apply_mode(variant.mode, model, x, getattr(torch, variant.dtype))
     if isinstance(forward.func, deploy.Prepared):
         facts["backend"] = forward.func.backend
-
-    @torch.inference_mode()
-    def run() -> torch.Tensor:
-        return forward()
-
+    run = torch.inference_mode()(forward)
     difference = ((run().float() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     if not math.isfinite(difference):
         raise RunError("its logits are not finite")
@@ -156,7 +147,7 @@ def apply_mode(mode: str, model: nn.Module, x: torch.Tensor, dtype: torch.dtype)
         backend = "auto" if mode == "prepared" else mode
         return partial(deploy.prepare(model, dtype=dtype, example_input=x, backend=backend), x)
     if mode == "amp":
-        return partial(_mixed, model, dtype, x)
+        return partial(autocast(x.device, dtype)(model), x)
     if mode == "folded":
         model = deploy.fold_batchnorm(model)
     model, x = model.to(dtype), x.to(dtype)
@@ -165,20 +156,14 @@ def apply_mode(mode: str, model: nn.Module, x: torch.Tensor, dtype: torch.dtype)
     return partial(torch.compile(model) if mode == "compiled" else model, x)
 
 
-def _mixed(model: nn.Module, dtype: torch.dtype, x: torch.Tensor) -> torch.Tensor:
-    with autocast(x.device, dtype):
-        return model(x)
-
-
 def prepare_training(variant: Variant) -> tuple[Run, dict[str, Any]]:
     """A step of training: loss, gradients, AdamW and the moving average of the weights.
 
     'eager' is the way of 2021, which also looks at the loss after each step; 'channels-last', 'fused' (AdamW and
     average) and 'compiled' each add to the one before.
     """
-    model, x = open_model(variant)
+    model, x, facts = open_model(variant)
     mode, dtype = variant.mode, getattr(torch, variant.dtype)
-    facts = _cost(model, x, variant)
     model.train()
     is_fused = mode in ("fused", "compiled")
     if mode != "eager":
@@ -208,6 +193,18 @@ def prepare_training(variant: Variant) -> tuple[Run, dict[str, Any]]:
     return step, facts
 
 
+def loading_variants(device: str, options: argparse.Namespace, temporary: Path) -> list[Variant]:
+    """Loading by the process itself, on one core, and by loading processes."""
+    if not options.data:  # JPEG files as large as is usual in ImageNet, pieces of two photographs
+        folder = temporary / "train" / "photographs"
+        folder.mkdir(parents=True)
+        photographs, crop = load_sample_images().images, RandomResizedCrop((400, 500), (0.56, 1))
+        for number in range(64):
+            crop(Image.fromarray(photographs[number % 2])).save(folder / f"{number:02}.jpg", quality=95)
+    common = {"img_size": options.img_size or IMG_SIZE, "data": options.data or str(temporary)}
+    return [Variant("loading", device, 1, **common, workers=workers) for workers in (0, options.workers)]
+
+
 def prepare_loading(variant: Variant) -> tuple[Measure, dict[str, Any]]:
     """Batches for training, from the files to normalised tensors on the device, without a model.
 
@@ -216,17 +213,17 @@ def prepare_loading(variant: Variant) -> tuple[Measure, dict[str, Any]]:
     folder, split = Path(variant.data).absolute(), "train"
     if not any((folder / f"{name}{suffix}").exists() for name in SPLITS["train"] for suffix in ("", ".tar")):
         folder, split = folder.parent, folder.name  # its folders are the classes
-    words = [*LOADING.split(), "--train-split", split, str(folder)]
-    words += [] if variant.workers is None else ["--workers", str(variant.workers)]
-    source = open_source(parse_options(words), train=True)
-    options = parse_options([*words, "--num-classes", str(len(source.class_names))])
-    images, workers, size = len(source), default_workers(options), variant.img_size or IMG_SIZE
-    source.reader.samples = source.reader.samples * -(-SHORTEST_EPOCH * options.batch_size // images)
-    data_config = {"input_size": (3, size, size), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    words = [] if variant.workers is None else ["--workers", str(variant.workers)]
+    options = parse_options([*LOADING.split(), *words, "--train-split", split, str(folder)])
+    source: Any = open_source(options, train=True)
+    images, workers = len(source), count_workers(options)
+    source.data.samples *= -(-SHORTEST_EPOCH * options.batch_size // images)
+    size = [3, variant.img_size, variant.img_size]
+    data_config: Any = {"input_size": size, "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     process = Process(torch.device(variant.device))
 
     def batches() -> Iterator[None]:
-        loader = Loader(source, options, data_config, process, train=True)
+        loader = make_loader(source, options, data_config, process, len(source.class_names), train=True)
         while True:
             loader.start(0)
             for _ in loader:
@@ -247,4 +244,5 @@ def prepare_loading(variant: Variant) -> tuple[Measure, dict[str, Any]]:
         waiting.close()
         return [now / count]
 
-    return measure, {"workers": workers, "images": images, "img_size": size, "batch_size": options.batch_size}
+    names = {"model": "loading", "mode": plural(workers, "worker") if workers else "one core"}
+    return measure, {**names, "images": images, "input_size": size, "batch_size": options.batch_size}

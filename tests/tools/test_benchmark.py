@@ -21,14 +21,13 @@ import pytest
 import speed_report
 import timm
 import torch
-import turns
 import workloads
+from benchmark import Worker, take_turns
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Annotation, Text
 from PIL import Image
 from rich.console import Console
 from torch import nn
-from turns import Worker, take_turns
 from workloads import Variant
 
 from convmlp import deploy
@@ -114,9 +113,9 @@ def test_a_mode_asked_for_whose_package_is_missing_is_an_error(without_openvino)
     [
         ("convmlp_x", "unknown --model convmlp_x; did you mean convmlp_s?"),
         ("nowhere.pth", "no such checkpoint: nowhere.pth"),
-        ("--modes foldd", "unknown --modes foldd; did you mean folded?"),
-        ("--train --modes onnxruntime", "unknown --modes onnxruntime"),
-        ("--dtypes float8", "unknown --dtypes float8; did you mean float32?"),
+        ("--modes foldd", "argument --modes: invalid choice: 'foldd'"),
+        ("--train --modes onnxruntime", "nothing is left to compare: onnxruntime float32: it is not for training"),
+        ("--dtypes float8", "argument --dtypes: invalid choice: 'float8'"),
         ("--train --dtypes float16 --modes eager --device cpu", "nothing is left to compare: eager float16"),
         ("--modes onnxruntime --dtypes bfloat16 --device cpu", "nothing is left to compare: onnxruntime bfloat16"),
         ("--batch-sizes 0", "argument --batch-sizes: must be a positive integer, got 0"),
@@ -180,7 +179,7 @@ class Recorder(Worker):
 
 
 def test_every_second_round_goes_backwards(monkeypatch):
-    monkeypatch.setattr(turns, "PAUSE", 0)
+    monkeypatch.setattr(benchmark, "PAUSE", 0)
     record: list[str] = []
     take_turns([Recorder(name, record) for name in "abc"], 3, 1.0, lambda what: None)
     assert "".join(record) == "ABCabccbaabc"
@@ -218,7 +217,8 @@ def worker():
     made.start()
     yield made
     made.connection.close()
-    made.close()
+    made.process.kill()
+    made.process.join()
 
 
 def test_a_process_that_is_killed_says_so(worker):
@@ -230,7 +230,7 @@ def test_a_process_that_is_killed_says_so(worker):
 
 
 def test_a_variant_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
-    monkeypatch.setattr(turns, "PAUSE", 0)
+    monkeypatch.setattr(benchmark, "PAUSE", 0)
     broken = Worker(Variant("products", "cpu", 1, dtype="int3"))
     sound = Worker(Variant("products", "cpu", 1))
     take_turns([broken, sound], 1, 0.01, lambda what: None)
@@ -284,7 +284,7 @@ def test_an_interruption_keeps_the_rows_that_are_there(monkeypatch, capsys, tmp_
             else:
                 self.facts = {"operations": 1e9, "macs": 1e6, "before_mb": 1.0, "input_size": [3, 32, 32]}
 
-    monkeypatch.setattr(turns, "PAUSE", 0)
+    monkeypatch.setattr(benchmark, "PAUSE", 0)
     monkeypatch.setattr(benchmark, "Worker", Interrupted)
     words = f"--modes folded --dtypes float32 --batch-sizes 1 2 --rounds 3 --device cpu --json {tmp_path}/found.json"
     assert call(words) == INTERRUPTED
@@ -367,7 +367,7 @@ def test_the_plot_joins_eager_and_fastest_mode_in_a_panel_for_each_batch_size():
     lines = [[list(line.get_xdata()) for line in panel.lines if len(line.get_xdata()) == 2] for panel in figure.axes]
     assert lines == [[[20, 50]], [[40, 100]]]
     assert [panel.get_xscale() for panel in figure.axes] == ["log", "log"]
-    assert [label.get_text() for label in labels_of(figure)] == 2 * ["resnet50.a1_in1k (openvino bf16)"]
+    assert [label.get_text() for label in labels_of(figure)] == 2 * ["resnet50.a1_in1k (openvino bfloat16)"]
 
 
 def test_the_table_says_what_took_long_and_what_lost_precision():
@@ -384,21 +384,6 @@ def test_the_table_takes_names_and_reasons_as_they_are():
     assert "my[/red].pth" in shown and "no kernel for [2, 3] [/bold]" in shown
 
 
-def test_beside_training_steps_it_is_said_how_many_cores_must_load():
-    alone, many = (
-        Worker(Variant("loading", "cpu", 1), {"batch_size": 1, "workers": n, "images": 64, "img_size": 224})
-        for n in (0, 2)
-    )
-    alone.turns, many.turns = [[1 / 50]], [[1 / 90]]
-    step = worker_with("training", "eager", [[4 / 250]], macs=1_000_000)
-    report = speed_report.Report([[alone, many], [step]], [], was_busy=False, was_interrupted=False)
-    [(_, notes), (_, of_models)] = report.sections()
-    assert notes == ["the ImageNet recipe's augmentation, 224 px, 64 different images"]
-    assert of_models[-1].startswith("a core loads 50 images/s") and of_models[-1].endswith(
-        "250 images/s, takes 5 cores"
-    )
-
-
 # What is measured
 
 
@@ -407,8 +392,8 @@ def tiny(mode: str, dtype: str = "float32", task: str = "inference") -> Variant:
 
 
 def test_random_models_have_statistics_that_do_something_and_are_the_same_in_every_process():
-    model, x = workloads.open_model(tiny("eager"))
-    again, same = workloads.open_model(tiny("eager"))
+    model, x, _ = workloads.open_model(tiny("eager"))
+    again, same, _ = workloads.open_model(tiny("eager"))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms and all(norm.running_mean.any() and (norm.running_var != 1).any() for norm in norms)
     assert torch.equal(model(x), again(same))
@@ -448,7 +433,7 @@ def test_other_runtimes_compute_what_the_model_does(mode):
 
 @pytest.mark.parametrize("mode", ["eager", "channels-last", "folded"])
 def test_modes_differ_in_layout_and_in_folding(mode):
-    run = workloads.apply_mode(mode, *workloads.open_model(tiny(mode)), torch.float32)
+    run = workloads.apply_mode(mode, *workloads.open_model(tiny(mode))[:2], torch.float32)
     kernel = next(module.weight for module in run.func.modules() if isinstance(module, nn.Conv2d))
     for tensor in (kernel, *run.args):
         assert tensor.is_contiguous(memory_format=torch.channels_last) == (mode != "eager")
@@ -483,7 +468,8 @@ def test_own_images_are_loaded_from_a_folder_with_or_without_splits(workers, pic
     for folder, count in ((pictures, 24), (pictures / "val", 15)):
         variant = Variant("loading", "cpu", 1, img_size=32, data=str(folder), workers=workers)
         measure, facts = workloads.prepare(variant)
-        assert facts == {"workers": workers, "images": count, "img_size": 32, "batch_size": 32}
+        names = {"model": "loading", "mode": ["one core", "1 worker"][workers]}
+        assert facts == {**names, "images": count, "input_size": [3, 32, 32], "batch_size": 32}
         assert min(measure(0.01)) > 0
 
 
@@ -491,7 +477,10 @@ def test_own_images_are_loaded_from_a_folder_with_or_without_splits(workers, pic
 def test_loading_is_measured_on_one_core_and_with_workers(capsys):
     assert call("--loading --img-size 32 --seconds 0.01 --rounds 1 --workers 1 --device cpu") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.strip()[:8] for line in lines if "core" in line or "worker" in line] == ["one core", "1 worker"]
+    assert [line.split()[:3] for line in lines if "loading" in line] == [
+        ["loading", "one", "core"],
+        ["loading", "1", "worker"],
+    ]
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):
