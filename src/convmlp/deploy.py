@@ -60,7 +60,7 @@ def prepare(
 
     Raises:
         ValueError: an unknown back end, one that cannot do `dtype`, that the device does not have or that needs an
-            example, or an example that is no image batch.
+            example, or an example that is not an image batch.
         RuntimeError: a back end named explicitly that is not installed or fails.
     """
     device = _check_request(model, dtype, example_input, backend)

@@ -192,7 +192,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_images(boxes, said
     assert run(RETINANET, boxes, "--work-dir", "run", *options, *more) == 1
     text = said()
     [line] = [line for line in text.splitlines() if line.startswith("detection.py:")]
-    images = Path("run/nonfinite_batch.txt").resolve()
+    images = Path("run/nonfinite.txt").resolve()
     assert line.startswith("detection.py: iteration 2, process 0: loss is nan") and "Traceback" not in text
     assert f"listed in {images}; the last good checkpoint is {Path('run/iter_1.pth').resolve()}" in line
     title, *paths = images.read_text().splitlines()

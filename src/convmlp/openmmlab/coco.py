@@ -82,7 +82,7 @@ class Check(DataCheck):
         file = next((path for path in candidates if path.is_file()), None)
         if file is None:
             without = "" if name == "train" else f"\n  ({WITHOUT_VALIDATION})"
-            raise RunError(f"there is no annotation file for {name} in {root.resolve()}; expected is{TREE}{without}")
+            raise RunError(f"there is no annotation file for {name} in {root.resolve()}; expected:{TREE}{without}")
         content = _read(file)
         folders = [root / dataset.get("data_prefix", {}).get("img", "")]
         folders += [root / place.format(split) for split in splits for place in IMAGES] + [file.parent]

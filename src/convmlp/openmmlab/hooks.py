@@ -18,7 +18,7 @@ from torch import nn
 
 from ..common.errors import Diverged
 
-NONFINITE = "nonfinite_batch.txt"
+NONFINITE = "nonfinite.txt"
 
 
 class AverageHook(Hook):

@@ -79,9 +79,7 @@ class Check(DataCheck):
         else:
             nested = next((path.parent.parent for path in root.glob("*/images/training")), None)
             hint = f"\n  The folder {nested} looks like it: give that as DATA" if nested else ""
-            raise RunError(
-                f"there are no images and label maps for {name} in {root.resolve()}; expected is{TREE}{hint}"
-            )
+            raise RunError(f"there are no images and label maps for {name} in {root.resolve()}; expected:{TREE}{hint}")
         img_suffix, map_suffix = _setting(dataset, "img_suffix"), _setting(dataset, "seg_map_suffix")
         return Part(_find_images(images, img_suffix), _find_images(labels, map_suffix))
 
