@@ -198,6 +198,7 @@ def loading_variants(device: str, options: argparse.Namespace, temporary: Path) 
     if not options.data:  # JPEG files as large as is usual in ImageNet, pieces of two photographs
         folder = temporary / "train" / "photographs"
         folder.mkdir(parents=True)
+        torch.manual_seed(0)  # the same pieces in every run
         photographs, crop = load_sample_images().images, RandomResizedCrop((400, 500), (0.56, 1))
         for number in range(64):
             crop(Image.fromarray(photographs[number % 2])).save(folder / f"{number:02}.jpg", quality=95)
