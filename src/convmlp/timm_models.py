@@ -193,9 +193,9 @@ def check_name(option: str, name: str) -> None:
         return
     if not timm.is_model(name):
         raise RunError(f"unknown {option} {name}{suggest(name, timm.list_models())}")
-    architecture, _, tag = name.partition(".")
+    architecture, dot, _ = name.partition(".")
     tags = timm.list_pretrained(f"{architecture}.*")
-    if tag and name not in tags:
+    if dot and name not in tags:
         raise RunError(f"unknown {option} {name}; there is {', '.join(tags) or 'no pretrained ' + architecture}")
 
 

@@ -54,6 +54,7 @@ CLASSES = ["one", "three", "two"]
         ("visualize {photo} --classes cat", "--classes is for --kind cam"),
         ("visualize {photo} --kind cam --classes tabbby --no-pretrained", "has no class tabbby; did you mean tabby?"),
         ("visualize {photo} --no-pretrained --out {empty}/x.xyz", "x.xyz: the suffix must be one of"),
+        ("info convmlp_s.", "unknown --model convmlp_s.; there is convmlp_s.in1k"),
         ("info convmlp_xx", "unknown --model convmlp_xx"),
         ("info nowhere.pth", "no such checkpoint: nowhere.pth"),
         ("export convmlp_s --no-pretrained --format onx", "invalid choice: 'onx'"),
