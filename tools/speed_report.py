@@ -65,7 +65,8 @@ def describe(
             "capability": torch.backends.cpu.get_cpu_capability(),
             "system": platform.platform(),
             "python": platform.python_version(),
-            "versions": {name: metadata.version(name) for name in packages if not missing(name)},
+            "versions": {name: metadata.version(name) for name in packages if not missing(name)}
+            | {"torch": str(torch.__version__)},
             "was_busy": was_busy,
         },
         "interrupted": interrupted,

@@ -229,6 +229,7 @@ def test_a_process_that_is_killed_says_so(worker):
     assert worker.turns == []
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_is_a_line_and_the_others_go_on(monkeypatch):
     monkeypatch.setattr(benchmark, "PAUSE", 0)
     broken = Worker(Variant("products", "cpu", 1, dtype="int3"))
@@ -298,6 +299,7 @@ def test_an_interruption_keeps_the_rows_that_are_there(monkeypatch, capsys, tmp_
 # What comes out
 
 
+@pytest.mark.slow
 def test_each_variant_has_its_numbers(measured):
     rows = {(row["model"], row["mode"]): row for row in measured["results"]}
     assert list(rows) == list(itertools.product(("convmlp_s", "pure_mlp_s"), ("eager", "folded")))
@@ -310,23 +312,26 @@ def test_each_variant_has_its_numbers(measured):
         assert row["share"] > 0 and row["difference"] < 1e-4
         assert row["peak_mb"] >= row["before_mb"] > 1
     assert rows["convmlp_s", "eager"]["ratio"] == 1 and rows["convmlp_s", "eager"]["top1"] == 76.8
-    [rate] = measured["matrix_products"]
-    assert rate["dtype"] == "float32" and rate["gflops"] > 0
+    rates = measured["matrix_products"]  # one for each model, beside which they were measured
+    assert [rate["dtype"] for rate in rates] == ["float32", "float32"] and min(rate["gflops"] for rate in rates) > 0
 
 
+@pytest.mark.slow
 def test_the_json_names_the_machine_and_the_call(measured):
     assert measured["command"] == ["benchmark.py", *measured["call"].split()]
     assert measured["machine"]["processor"] and measured["machine"]["versions"]["torch"] == torch.__version__
     assert measured["interrupted"] is False
 
 
+@pytest.mark.slow
 def test_the_table_shows_each_variant_and_what_it_is_measured_against(measured):
     lines = [line.split() for line in measured["shown"].splitlines()]
     assert [line[:3] for line in lines if "float32" in line][0] == ["convmlp_s", "eager", "float32"]
-    assert sum("float32" in line for line in lines) >= 5
+    assert sum("float32" in line for line in lines) == 4
     assert "matrix products" in measured["shown"] and "random" in measured["shown"]
 
 
+@pytest.mark.slow
 def test_the_plot_is_an_image_and_models_that_it_leaves_out_are_named(measured):
     with Image.open(measured["plot"]) as image:
         assert image.format == "PNG" and min(image.size) > 400
