@@ -49,9 +49,7 @@ def describe(
     teams: "Sequence[Sequence[Worker]]", command: list[str], was_busy: bool, interrupted: bool, left_out: list[str]
 ) -> dict[str, Any]:
     """All that was found, in plain values; times in the unit of their name, memory in MiB."""
-    found = [make_rows(team) for team in teams]
-    rows = [row for rows, _ in found for row in rows]
-    variant, cpuinfo = teams[-1][-1].variant, Path("/proc/cpuinfo")
+    variant, cpuinfo = teams[0][0].variant, Path("/proc/cpuinfo")
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
     processor = name[1].strip() if name else platform.processor() or platform.machine()
     device = torch.cuda.get_device_name(variant.device) if variant.device.startswith("cuda") else processor
@@ -66,41 +64,34 @@ def describe(
             "system": platform.platform(),
             "python": platform.python_version(),
             "versions": {name: metadata.version(name) for name in packages if not missing(name)}
-            | {"torch": str(torch.__version__)},
+            | {"torch": str(torch.__version__)},  # with the build
             "was_busy": was_busy,
         },
         "interrupted": interrupted,
         "left_out": left_out,
-        "matrix_products": [rate for _, rates in found for rate in rates],
-        "results": [row for row in rows if row["task"] != "loading"],
-        "loading": [row for row in rows if row["task"] == "loading"],
+        "planned": sum(bool(worker.variant.model) for team in teams for worker in team),
+        "results": [row for team in teams for row in make_rows(team)],
     }
 
 
-def make_rows(workers: "Sequence[Worker]") -> tuple[list[Row], list[Row]]:
-    """A row for each variant of a group, and one for each number format's matrix products; without the unmeasured."""
-    done = [worker for worker in workers if worker.turns or "failed" in worker.facts]
-    products = [worker for worker in done if worker.variant.task == "products"]
-    rates = [{"dtype": worker.variant.dtype, **worker.facts} for worker in products]
-    for rate, worker in zip(rates, products, strict=True):
-        if worker.turns:  # the best counts: what the machine can do
-            rate["gflops"] = rate["operations"] / min(min(turn) for turn in worker.turns) / 1e9
-    best = {rate["dtype"]: rate.get("gflops") for rate in rates}
-    base = next((worker for worker in workers if (worker.variant.mode, worker.variant.dtype) == BASE), None)
-    rows = [make_row(worker, base) for worker in done if worker.variant.task != "products"]
-    for row in rows:
-        if "gflops" in row and best.get(row["dtype"]):
-            row["share"] = row["gflops"] / best[row["dtype"]]
-    return rows, rates
+def make_rows(team: "Sequence[Worker]") -> list[Row]:
+    """A row for each variant of a model that was measured or failed; of the matrix products the best call counts."""
+    base = next((worker for worker in team if (worker.variant.mode, worker.variant.dtype) == BASE), None)
+    products = [worker for worker in team if not worker.variant.model and worker.turns]
+    best = {worker.variant.dtype: worker.facts["operations"] / min(map(min, worker.turns)) / 1e9 for worker in products}
+    done = [worker for worker in team if worker.variant.model and (worker.turns or "failed" in worker.facts)]
+    return [make_row(worker, base, best.get(worker.variant.dtype)) for worker in done]
 
 
-def make_row(worker: "Worker", base: "Worker | None") -> Row:
-    """The numbers of a variant: medians of its calls, and its ratio to the base's time, taken round by round."""
+def make_row(worker: "Worker", base: "Worker | None" = None, best: float | None = None) -> Row:
+    """The numbers of a variant: medians of its calls, and its ratio to the base's time, taken round by round.
+
+    `best` are the GFLOP/s of matrix products in its number format.
+    """
     variant = worker.variant
-    row: Row = {key: getattr(variant, key) for key in ("task", "model", "mode", "dtype", "batch_size")}
-    if base:
-        row["weights"], row["top1"] = published(variant.model) or (variant.model, None)
-        row |= {key: base.facts[key] for key in ("input_size", "macs") if key in base.facts}
+    row: Row = {key: getattr(variant, key) for key in ("model", "mode", "dtype", "batch_size")}
+    row["weights"], row["top1"] = published(variant.model) or (variant.model, None)
+    row |= {key: base.facts[key] for key in ("input_size", "macs") if base and key in base.facts}
     row |= worker.facts
     if "failed" in row:
         return row
@@ -113,8 +104,9 @@ def make_row(worker: "Worker", base: "Worker | None") -> Row:
     row["turns_ms"] = [1000 * median(turn) for turn in worker.turns]
     if base and base.turns and "failed" not in base.facts:
         row["ratio"] = median(median(a) / median(b) for a, b in zip(base.turns, worker.turns, strict=False))
-    if "macs" in row:  # backward computes twice what forward does: for the input and for the weights of each layer
-        row["gflops"] = {"inference": 2, "training": 6}[variant.task] * row["macs"] * row["batch_size"] / middle / 1e9
+    if "macs" in row:
+        row |= {"gflops": 2 * row["macs"] * row["batch_size"] / middle / 1e9, "gflops_of_products": best}
+        row["share"] = row["gflops"] / best if best else None
     return row
 
 
@@ -152,21 +144,24 @@ def _note(row: Row) -> str:
     return ", ".join(filter(None, found))
 
 
-def notes(found: dict[str, Any], planned: int) -> list[str]:
+def notes(found: dict[str, Any]) -> list[str]:
     """What one has to know to read the table."""
-    rates = sorted((rate["gflops"], rate["dtype"]) for rate in found["matrix_products"] if "gflops" in rate)
-    best = ", ".join(f"{dtype} {speed:.0f}" for dtype, speed in {dtype: speed for speed, dtype in rates}.items())
+    results = found["results"]
+    best: dict[str, float] = {}
+    for row in results:
+        best[row["dtype"]] = max(best.get(row["dtype"], 0), row.get("gflops_of_products") or 0)
+    rates = ", ".join(f"{dtype} {rate:.0f}" for dtype, rate in best.items() if rate) or "not measured"
     lines = [
         f"{found['machine']['name']}; images of noise, random weights and BatchNorm statistics, but for checkpoints",
         "medians; spread: of the middle half of the times; x base: against eager float32, round by round; share: of "
-        f"what matrix products reach here ({best or 'not measured'} GFLOP/s)",
+        f"what matrix products reach here ({rates} GFLOP/s)",
+        *(f"left out: {reason}" for reason in found["left_out"]),
     ]
-    lines += [f"left out: {reason}" for reason in found["left_out"]]
     if found["machine"]["was_busy"]:
         lines.append("other programs were at work when this began: speeds are lower and vary more than they need to")
     if found["interrupted"]:
-        done = len(found["results"] + found["loading"])
-        lines.append(f"interrupted: {done} of {planned} variants were measured, the last ones in fewer rounds")
+        done = f"{len(results)} of {found['planned']} variants were measured"
+        lines.append(f"interrupted: {done}, the last ones in fewer rounds")
     return lines
 
 
@@ -183,7 +178,7 @@ def speed_figure(rows: Sequence[Row], title: str) -> Figure:
         own = [row for row in rows if row["batch_size"] == size]
         panel = figure.add_subplot(1, len(sizes), number)
         pixels = " or ".join(str(side) for side in sorted({row["input_size"][-1] for row in own}))
-        panel.set_xlabel(f"images/s measured: {own[0]['task']}, batch {size}, {pixels} px")
+        panel.set_xlabel(f"images/s measured: batch {size}, {pixels} px")
         panel.set_ylabel(f"ImageNet-1k top-1, %, as published for {IMG_SIZE} px")
         _draw_panel(panel, own)
     return figure
