@@ -84,6 +84,8 @@ def test_some_updates_may_be_left_out_without_a_trace(run, poison, where, accumu
     for part in ("state_dict", "state_dict_ema"):
         assert all(torch.isfinite(value).all() for value in state[part].values())
     assert math.isfinite(state["history"][0]["train_loss"])
+    counters = [value for key, value in state["state_dict"].items() if key.endswith("num_batches_tracked")]
+    assert {int(value) for value in counters} == {2 * 6 - accumulate}  # BatchNorm has not seen the update either
 
 
 def test_no_more_updates_than_allowed_are_left_out(run, poison):

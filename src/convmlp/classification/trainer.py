@@ -269,7 +269,7 @@ class Trainer:
             row |= {prefix + name: value for name, value in values.items()}
         row["lr"] = self._lr()
         self.history.append(row)
-        if self._rank(row) > self._rank(self.history[self.best_epoch]):
+        if self._quality(row) > self._quality(self.history[self.best_epoch]):
             self.best_epoch = self.epoch
         if self.scheduler:
             self.scheduler.step(self.epoch + 1, self.metric(row))
@@ -280,7 +280,7 @@ class Trainer:
         prefix = "eval_ema_" if self.task.has_ema() else "eval_"
         return row[prefix + (name or self.options.eval_metric)]
 
-    def _rank(self, row: dict[str, float]) -> tuple[bool, float, float]:
+    def _quality(self, row: dict[str, float]) -> tuple[bool, float, float]:
         """What makes an epoch better: a figure at all, a better one, and of equal ones the lower validation loss."""
         metric, loss = self.metric(row), self.metric(row, "loss")
         if math.isnan(metric):

@@ -219,8 +219,11 @@ def _explain(error: CheckpointError, path: Path) -> str:
     if members:
         return f"{error}; one of a detector or segmentor needs its --config FILE"
     # ONNX's protocol buffer begins with its version; then comes the producer, the graph, or the operator sets
-    if os.path.isfile(path) and re.match(rb"\x08[\x01-\x20][\x12\x3a\x42]", path.open("rb").read(3)):
-        return f"{path} is an ONNX model, not a checkpoint; docs/recipes/onnxruntime.md says how to run one"
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            is_onnx = re.match(rb"\x08[\x01-\x20][\x12\x3a\x42]", file.read(3))
+        if is_onnx:
+            return f"{path} is an ONNX model, not a checkpoint; docs/recipes/onnxruntime.md says how to run one"
     return str(error)
 
 
@@ -242,7 +245,7 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     for key, holds in right.items():
         if not holds:
             value = about.get(key)
-            raise CheckpointError(f"{path} is not a checkpoint of classification.py: its {key} is {value!r:.80}")
+            raise CheckpointError(f"{path} is not a classification.py checkpoint: its {key} is {value!r:.80}")
     mode = "L" if sides[0] == 1 else "RGB"
     try:
         create_transform(**{**config, "input_size": (sides[0], 32, 32)})(Image.new(mode, (40, 36)))
