@@ -7,7 +7,7 @@ import os
 import sys
 from importlib import import_module
 
-from . import __version__, doctor
+from . import __version__, doctor, train
 from .common import configs
 from .common.command import Parser, Verb, run
 from .common.errors import RunError, suggest
@@ -29,12 +29,12 @@ def _print_completion(options: argparse.Namespace) -> None:
 COMPLETION = Verb(
     "completion", "Print the shell completion for this command.", _add_completion_options, _print_completion
 )
-VERBS = {verb.name: verb for verb in (*commands.VERBS, configs.VERB, doctor.VERB, COMPLETION)}
+VERBS = {verb.name: verb for verb in (train.VERB, *commands.VERBS, configs.VERB, doctor.VERB, COMPLETION)}
 
 
 def build_parser() -> Parser:
     """The verbs with their options; `--help` of each is its manual."""
-    description = "Use ConvMLP, or any model of timm: predict, visualise, export."
+    description = "Train ConvMLP, or any model of timm, on your images, and use it: predict, visualise, export."
     parser = Parser(prog="convmlp", description=description, epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"convmlp {__version__}")
     parsers = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 def _work(argv: list[str]) -> int | None:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         raise RunError(f"unknown verb {argv[0]}{suggest(argv[0], VERBS) or '; choose from ' + ', '.join(VERBS)}")
+    if argv[:1] == [train.VERB.name]:
+        train.train(argv[1:])  # its options are those of the program that it starts
     parser = build_parser()
     options = parser.parse(argv)
     if options.verb is None:

@@ -5,9 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..common.command import run
-from .options import parse_options
-
-SCRIPT = "classification.py"
+from .options import SCRIPT, parse_options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,4 +23,4 @@ def _work(argv: list[str]) -> None:
     if options.eval:
         evaluate_checkpoint(options, argv)
     else:
-        train(options)
+        train(options, argv)

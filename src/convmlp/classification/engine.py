@@ -24,6 +24,7 @@ from .models import build_model, resolve_data_config
 from .options import parse_options
 from .process import start_process
 from .progress import ExternalLogs
+from .recipes import apply_recipe, fit_into_memory
 from .settings import Options
 from .sources import check_classes, open_source, relabel
 from .trainer import WRITTEN, Trainer
@@ -36,8 +37,8 @@ EVALUATION_SETTINGS |= {"crop_pct", "crop_mode", "amp", "amp_dtype", "channels_l
 EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "val_num_samples"}
 
 
-def train(options: Options) -> None:
-    """Train as the options say, and leave the run in its folder.
+def train(options: Options, argv: list[str]) -> None:
+    """Train as the options in `argv` say, and leave the run in its folder.
 
     Raises:
         RunError, CheckpointError: a mistake in options, data or files, found before training wherever that is possible.
@@ -53,9 +54,14 @@ def train(options: Options) -> None:
     with process.first_on_machine():
         train_source, val_source = open_source(options, train=True), open_source(options, train=False)
     class_names = check_classes(train_source, val_source, options)
+    if options.recipe:
+        kept = resumed[1]["args"] if resumed else None
+        options = apply_recipe(options, argv, train_source, process, kept)
     seed_all(options.seed, "initialisation")
     model = build_model(options, options, class_names, process).to(process.device)
     data_config = resolve_data_config(options, model)
+    if options.recipe and not resumed:
+        options = fit_into_memory(options, model, data_config, process)
     train_loader, val_loader = (
         make_loader(source, options, data_config, process, len(class_names), train)
         for source, train in ((train_source, True), (val_source, False))

@@ -20,13 +20,14 @@ from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
 from .settings import GROUPS, Options, flag_of, keywords, numbers, require
 
+SCRIPT = os.environ.get("CONVMLP_COMMAND", "classification.py")  # what messages call this program
 POSITIONAL = "data"
 
 
 def build_parser() -> Parser:
     """The options with their defaults and help texts; `--help` of it is the manual."""
     parser = Parser(
-        prog="classification.py",
+        prog=SCRIPT,
         usage="%(prog)s [-c CONFIG] [options] DATA",
         description="Train or evaluate an image classifier. A config gives defaults, the command line overrides.",
         surplus="there is one DATA folder, got another: {}",

@@ -40,6 +40,11 @@ class Clock:
         rate = self.n_batches * self.batch_images / seconds
         return f"{rate:.0f} img/s, {self.waited / seconds:.0%} waiting for data"
 
+    def estimate(self, batches_left: int) -> str:
+        """How long so many batches will take at the speed until now."""
+        seconds = (time.perf_counter() - self.start) / self.n_batches * batches_left
+        return f"{self.pace()}: about {tqdm.format_interval(seconds)} (h:min:s) to go, and the validations"
+
 
 class EpochProgress:
     """As a context, a bar over the batches of an epoch, or lines in the log where there is no terminal."""
@@ -57,6 +62,11 @@ class EpochProgress:
 
     def __exit__(self, *error: object) -> None:
         self.bar.close()
+
+    def say(self, message: str) -> None:
+        """Log a line above the bar."""
+        with self.bar.external_write_mode():
+            _logger.info(message)
 
     def show(self, status: str, batch: int) -> None:
         """Show how far the epoch is."""

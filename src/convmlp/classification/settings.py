@@ -17,7 +17,7 @@ import yaml
 
 from ..common.errors import RunError
 
-NOT_STORED = {"config", "resume", "eval", "overwrite"}
+NOT_STORED = {"config", "recipe", "resume", "eval", "overwrite"}
 
 
 # Types of options
@@ -113,6 +113,9 @@ class Run(Group):
     """what to do"""
 
     config: str | None = option(None, "a YAML file, or one of `convmlp configs`", "FILE|NAME", flags="-c")
+    recipe: Literal["auto", "finetune", "scratch"] | None = option(
+        None, "choose defaults by the images, as convmlp train does; auto: finetune if there are weights to start from"
+    )
     eval: str | None = option(None, "only evaluate this checkpoint; its own settings are the defaults", "CHECKPOINT")
     resume: str | None = option(None, "continue a run: auto takes the folder's newest checkpoint", "auto|FILE")
     overwrite: bool = option(False, "replace an earlier run in the output folder")

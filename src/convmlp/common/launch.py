@@ -1,27 +1,48 @@
-"""torchrun for the dist_*.sh scripts: its options, without its traceback after a process has printed its error.
+"""Launching of a program that trains: one process with fitting settings, or several by torchrun.
 
-A signal is passed on to the processes, which have half a minute to save; the exit code is then `STOPPED`, 75.
+    python -m convmlp.common.launch N SCRIPT|-m MODULE [arguments]
+
+Several machines: set NNODES, NODE_RANK, MASTER_ADDR and MASTER_PORT, and run the same line on each. MAX_RESTARTS=3
+starts a run that failed again, up to three times; it goes on from its last checkpoint.
 """
 
 import os
-import signal
+import subprocess
 import sys
+from collections.abc import Sequence
+from typing import NoReturn
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
+# A step's large buffers stay with the process for its next step: to get fresh pages from the system each time costs a
+# CPU more than it computes with them (docs/performance.md). Both are settings of glibc, and only together they do it:
+# no block comes from mmap, and freed memory (in bytes) is not given back. MALLOC_MMAP_THRESHOLD_ would not do: some
+# versions of glibc refuse more than 32 MiB.
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 
-from .command import STOPPED
+
+def launch(processes: int, program: Sequence[str], **environment: str) -> NoReturn:
+    """Let a program take the place of this one, in so many processes on this machine.
+
+    `program` is what python is called with: a script or -m and a module, and arguments.
+    """
+    settings = {**ALLOCATOR, **environment, **os.environ}
+    nodes, restarts = settings.get("NNODES", "1"), settings.get("MAX_RESTARTS", "0")
+    command = [sys.executable, *program]
+    if (processes, nodes, restarts) != (1, "1", "0"):
+        from .devices import count_cores
+
+        settings.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
+        where = ["--standalone"]
+        if nodes != "1" or "MASTER_PORT" in settings:
+            where = ["--nnodes", nodes, "--node-rank", settings.get("NODE_RANK", "0")]
+            where += ["--master-addr", settings.get("MASTER_ADDR", "127.0.0.1")]
+            where += ["--master-port", settings.get("MASTER_PORT", "29500")]
+        torchrun = [sys.executable, "-m", "convmlp.common.elastic", *where]
+        command = [*torchrun, "--nproc-per-node", str(processes), "--max-restarts", restarts, *program]
+    if os.name != "posix":  # where a program cannot take the place of another
+        sys.exit(subprocess.call(command, env=settings))
+    sys.stdout.flush()
+    os.execve(command[0], command, settings)
+
 
 if __name__ == "__main__":
-    # Otherwise restarted processes find the addresses of the old ones (pytorch issue 135712)
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    if hasattr(signal, "SIGUSR1"):  # torchrun does not handle it
-        signal.signal(signal.SIGUSR1, lambda number, frame: os.kill(os.getpid(), signal.SIGTERM))
-    try:
-        main()
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        sys.exit(code if code > 0 else 128 - code)  # a negative code is the signal that ended the process
-    except SignalException:
-        sys.exit(STOPPED)
+    launch(int(sys.argv[1]), sys.argv[2:])
