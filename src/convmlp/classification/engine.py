@@ -22,6 +22,7 @@ from .finite import NONFINITE
 from .loaders import make_loader
 from .models import build_model, resolve_data_config
 from .options import parse_options
+from .probe import ProbeTrainer
 from .process import start_process
 from .progress import ExternalLogs
 from .recipes import apply_recipe, fit_into_memory
@@ -62,11 +63,13 @@ def train(options: Options, argv: list[str]) -> None:
     data_config = resolve_data_config(options, model)
     if options.recipe and not resumed:
         options = fit_into_memory(options, model, data_config, process)
+    probes = options.recipe == "probe"
     train_loader, val_loader = (
         make_loader(source, options, data_config, process, len(class_names), train)
-        for source, train in ((train_source, True), (val_source, False))
+        for source, train in ((train_source, not probes), (val_source, False))
     )
-    trainer = Trainer(options, process, folder, model, train_loader, val_loader, class_names, data_config)
+    kind = ProbeTrainer if probes else Trainer
+    trainer = kind(options, process, folder, model, train_loader, val_loader, class_names, data_config)
     if resumed:
         restore(trainer, *resumed)
     if not process.primary:

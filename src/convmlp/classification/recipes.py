@@ -40,6 +40,7 @@ class Recipe(NamedTuple):
 LIGHT: dict[str, Any] = {"scale": [0.7, 1.0], "color_jitter": 0.2}  # augmentation
 RECIPES = {
     "finetune": Recipe(1200, 50, 3e-4, {**LIGHT, "pretrained": True, "layer_decay": 0.8}),
+    "probe": Recipe(0, 1, 3e-4, {"pretrained": True, "smoothing": 0.0}),
     "scratch": Recipe(2400, 100, 1e-3, {**LIGHT, "pretrained": False, "mixup": 0.2}),
 }
 
@@ -108,7 +109,7 @@ def _first_settings(name: str, options: Options, n_images: int, side: int, proce
     fitting = 2 ** int(math.log2(max(1, n_images / UPDATES_PER_EPOCH)))
     batch_size = max(8, min(LARGEST_BATCH[process.device.type], fitting))
     settings = {
-        "epochs": max(5, min(recipe.most_epochs, round(recipe.effort / math.sqrt(n_images)))),
+        "epochs": min(recipe.most_epochs, max(5, round(recipe.effort / math.sqrt(n_images)))),
         "batch_size": max(2, batch_size // process.world_size),
         "img_size": next((size for size in SIDES if size >= side), SIDES[-1]),
         "warmup_epochs": 0,

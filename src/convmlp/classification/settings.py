@@ -113,8 +113,8 @@ class Run(Group):
     """what to do"""
 
     config: str | None = option(None, "a YAML file, or one of `convmlp configs`", "FILE|NAME", flags="-c")
-    recipe: Literal["auto", "finetune", "scratch"] | None = option(
-        None, "choose defaults by the images, as convmlp train does; auto: finetune if there are weights to start from"
+    recipe: Literal["auto", "finetune", "scratch", "probe"] | None = option(
+        None, "choose defaults by the images; auto: finetune if there are weights, else scratch; probe: the head alone"
     )
     eval: str | None = option(None, "only evaluate this checkpoint; its own settings are the defaults", "CHECKPOINT")
     resume: str | None = option(None, "continue a run: auto takes the folder's newest checkpoint", "auto|FILE")
