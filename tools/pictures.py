@@ -75,11 +75,19 @@ COMPARED = (
 
 def draw_architecture(path: Path) -> None:
     """The stages from left to right with the maps between them, and below them the Conv-MLP block."""
+    figure = new_figure(11, 3.9)
+    above, below = figure.subplots(2, 1, height_ratios=[1.1, 1])
+    _draw_stages(above)
+    _draw_block(below)
+    for axis in (above, below):
+        axis.axis("off")
+    save_figure(figure, path)
+
+
+def _draw_stages(axis: Axes) -> None:
     model = convmlp_s()
     settings = VARIANTS["convmlp_s"]
     shapes = {layer.name: layer.shape for layer in measure(model, INPUT_SIZE).layers}
-    figure = new_figure(11, 3.9)
-    above, below = figure.subplots(2, 1, height_ratios=[1.1, 1])
     tokenizer = "3 x [conv 3x3, BN, ReLU],\nthe first of stride 2\nmax pool 3x3, stride 2"
     bottlenecks = f"{settings['n_conv_blocks']} x [conv 1x1, 3x3, 1x1\nwith BN, ReLU, residual]\nconv 3x3, stride 2"
     stages = [
@@ -91,39 +99,38 @@ def draw_architecture(path: Path) -> None:
         text = f"{n_blocks} x Conv-MLP block" + ("" if last else "\nconv 3x3, stride 2")
         stages.append((f"stages.{i}", f"Conv-MLP stage {i + 1}", text, "#bcd9f0"))
     left = 0.0
-    _label(above, left + 0.45, "image\n3 x 224 x 224")
+    _label(axis, left + 0.45, "image\n3 x 224 x 224")
     left += 0.95
     for name, title, text, colour in stages:
-        _arrow(above, left, left + 0.22)
-        _box(above, left + 0.25, 1.45, title, text, colour)
+        _arrow(axis, left, left + 0.22)
+        _box(axis, left + 0.25, 1.45, title, text, colour)
         left += 1.75
-        _label(above, left - 0.78, " x ".join(map(str, shapes[name])), height=-0.13)
-    _arrow(above, left, left + 0.22)
-    _box(above, left + 0.25, 1.2, "Head", f"LayerNorm, mean\nLinear to {model.num_classes}", "#d5e8d4")
-    above.set(xlim=(-0.05, left + 1.5), ylim=(-0.35, 1.1))
+        _label(axis, left - 0.78, " x ".join(map(str, shapes[name])), height=-0.13)
+    _arrow(axis, left, left + 0.22)
+    _box(axis, left + 0.25, 1.2, "Head", f"LayerNorm, mean\nLinear to {model.num_classes}", "#d5e8d4")
+    axis.set(xlim=(-0.05, left + 1.5), ylim=(-0.35, 1.1))
 
+
+def _draw_block(axis: Axes) -> None:
     mlp = ["LayerNorm", "Linear", "GELU", "Linear"]
     x = 1.0
-    _label(below, 0.45, "Conv-MLP block\n(h, w, dim)")
+    _label(axis, 0.45, "Conv-MLP block\n(h, w, dim)")
     spatial = ["LayerNorm", "depthwise\nconv 3x3"]
     groups = ((mlp, "#bcd9f0", True), (spatial, "#f6d6ad", False), (mlp, "#bcd9f0", True))
     for group, colour, residual in groups:
         start = x
         for text in group:
-            _arrow(below, x, x + 0.14)
-            _box(below, x + 0.17, 0.78, "", text, colour, bottom=0.2, height=0.42)
+            _arrow(axis, x, x + 0.14)
+            _box(axis, x + 0.17, 0.78, "", text, colour, bottom=0.2, height=0.42)
             x += 0.97
         if residual:
             arc = dict(arrowstyle="-|>", connectionstyle="angle,angleA=90,angleB=180,rad=8", color="#555555")
-            below.annotate("", (x + 0.1, 0.9), (start + 0.03, 0.42), arrowprops={**arc, "arrowstyle": "-"})
-            below.annotate("", (x + 0.1, 0.47), (x + 0.1, 0.91), arrowprops=dict(arrowstyle="-|>", color="#555555"))
-            below.text(x + 0.1, 0.41, "+", ha="center", va="center", fontsize=12)
+            axis.annotate("", (x + 0.1, 0.9), (start + 0.03, 0.42), arrowprops={**arc, "arrowstyle": "-"})
+            axis.annotate("", (x + 0.1, 0.47), (x + 0.1, 0.91), arrowprops=dict(arrowstyle="-|>", color="#555555"))
+            axis.text(x + 0.1, 0.41, "+", ha="center", va="center", fontsize=12)
             x += 0.2
-    _arrow(below, x, x + 0.2)
-    below.set(xlim=(-0.05, x + 0.25), ylim=(0, 1.05))
-    for axis in (above, below):
-        axis.axis("off")
-    save_figure(figure, path)
+    _arrow(axis, x, x + 0.2)
+    axis.set(xlim=(-0.05, x + 0.25), ylim=(0, 1.05))
 
 
 def _box(axis: Axes, x: float, width: float, title: str, text: str, colour: str, bottom=0.1, height=0.85) -> None:

@@ -82,8 +82,7 @@ def export(
     Args:
         path: The file to write; for safetensors the folder.
         format: 'onnx', 'torch-export', 'torchscript' or 'safetensors'.
-        dynamic: Any batch, height and width, from 32 px up. Otherwise ONNX and torch.export take one image of the
-            classifier's input size; the others are not tied to a size, but tried with that one only.
+        dynamic: Any batch, height and width, from 32 px up; otherwise one image of the classifier's input size.
         fold: Fold BatchNorm into the convolutions; not for safetensors. PyTorch's ONNX exporter does so by itself.
         half: Weights, input and logits in float16; timm makes float32 of such weights when it loads them.
         opset: Of ONNX; by default PyTorch's choice. For our models it writes 18 to 25.
@@ -101,10 +100,10 @@ def export(
         "torchscript": partial(_write_torchscript, dynamic=dynamic),
         "safetensors": _write_safetensors,
     }
-    dtype = torch.float16 if half else torch.float32
     reports = []
 
     def write_and_check(target: Path) -> None:
+        dtype = torch.float16 if half else torch.float32
         report = _write_and_check(classifier, writers[format], target, dynamic, dtype, fold)
         reports.append(replace(report, path=path))
 
