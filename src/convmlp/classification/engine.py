@@ -27,7 +27,8 @@ from .process import start_process
 from .progress import ExternalLogs
 from .recipes import apply_recipe, fit_into_memory
 from .settings import Options
-from .sources import check_classes, open_source, relabel
+from .sources import check_apart, check_classes, open_source, relabel
+from .split import SPLIT, divide, write_split
 from .trainer import WRITTEN, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,15 @@ _logger = logging.getLogger(__name__)
 # What --eval takes from a checkpoint: the model and the images, not the machine or the training
 EVALUATION_SETTINGS = {"model", "model_kwargs", "gp", "img_size", "in_chans", "mean", "std", "interpolation"}
 EVALUATION_SETTINGS |= {"crop_pct", "crop_mode", "amp", "amp_dtype", "channels_last", "batch_size", "dataset"}
-EVALUATION_SETTINGS |= {"val_split", "class_map", "input_key", "target_key", "val_num_samples"}
+EVALUATION_SETTINGS |= {
+    "train_split",
+    "val_split",
+    "val_share",
+    "class_map",
+    "input_key",
+    "target_key",
+    "val_num_samples",
+}
 
 
 def train(options: Options, argv: list[str]) -> None:
@@ -52,8 +61,11 @@ def train(options: Options, argv: list[str]) -> None:
     lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
     ExternalLogs.check(options)
+    kept = resumed[0].parent if resumed else None  # the folder whose split goes on
+    items = process.on_primary(lambda: divide(options, kept and kept / SPLIT))
     with process.first_on_machine():
-        train_source, val_source = open_source(options, train=True), open_source(options, train=False)
+        train_source, val_source = (open_source(options, train, items) for train in (True, False))
+    check_apart(train_source, val_source)
     class_names = check_classes(train_source, val_source, options)
     if options.recipe:
         kept = resumed[1]["args"] if resumed else None
@@ -80,6 +92,8 @@ def train(options: Options, argv: list[str]) -> None:
         _claim_folder(folder, resumed[0] if resumed else None)
         settings = yaml.safe_dump(options.stored(), sort_keys=False)
         write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(settings))
+        if items is not None:
+            write_split(folder / SPLIT, items)
         trainer.run(ExternalLogs(options, folder))
 
 
@@ -97,7 +111,8 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
             check_source(str(settings.get("model")), path)
         options = parse_options(argv, base=settings)
     process = start_process(options.device)
-    source = open_source(options, train=False)
+    items = process.on_primary(lambda: divide(options, Path(path).parent / SPLIT))
+    source = open_source(options, train=False, items=items)
     if isinstance(kept.get("class_names"), list):
         source = relabel(source, kept["class_names"], path)
         options = replace(options, num_classes=len(kept["class_names"]))
@@ -155,7 +170,7 @@ def _claim_folder(folder: Path, resumed: Path | None) -> None:
     """Remove what an earlier run left, unless it is continued, and bring the best checkpoint of the one that is."""
     if resumed and resumed.resolve().parent == folder.resolve():
         return
-    for name in (*WRITTEN, PREVIOUS, NONFINITE):
+    for name in (*WRITTEN, PREVIOUS, NONFINITE, SPLIT):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     if resumed:

@@ -33,7 +33,10 @@ def build_parser() -> Parser:
         surplus="there is one DATA folder, got another: {}",
     )
     parser.add_argument(
-        POSITIONAL, nargs="?", metavar="DATA", help="data folder, holding train/CLASS/* and val/CLASS/*"
+        POSITIONAL,
+        nargs="?",
+        metavar="DATA",
+        help="folder of train/CLASS/* and val/CLASS/*, or of CLASS/*, or a table: path, label",
     )
     for group in GROUPS:
         section = parser.add_argument_group(str(group.__doc__))

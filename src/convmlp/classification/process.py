@@ -2,11 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,10 @@ from timm.utils import init_distributed_device
 
 from ..common.devices import choose_device
 from ..common.errors import RunError
+
+MEETING_SECONDS = 5
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,24 @@ class Process:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def on_primary(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns on the primary process, or its RunError, on all of them.
+
+        They meet every few seconds, so however long it takes, no collective operation times out.
+        """
+        if not self.distributed:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            futures = [pool.submit(work)] if self.primary else []
+            while not self.gather(not wait(futures, MEETING_SECONDS).not_done)[0]:
+                pass
+            error = futures[0].exception() if futures else None
+            result = futures[0].result() if futures and not error else None
+        result, error = self.gather((result, error) if self.primary else None)[0]
+        if error:
+            raise error
+        return result
 
     def broadcast(self, module: torch.nn.Module) -> None:
         """Give every process the primary's weights and statistics."""

@@ -68,6 +68,7 @@ class Range(NamedTuple):
 POSITIVE = Range(lambda x: x > 0, "must be positive")
 NOT_NEGATIVE = Range(lambda x: x >= 0, "must not be negative")
 FRACTION = Range(lambda x: 0 <= x <= 1, "must be between 0 and 1")
+SHARE = Range(lambda x: 0 < x < 1, "must be above 0 and below 1")
 BELOW_ONE = Range(lambda x: 0 <= x < 1, "must be at least 0 and below 1")
 POSITIVE_EACH = Range(lambda x: min(x) > 0, "must be positive")
 AREAS = Range(lambda x: 0 < x[0] <= x[1] <= 1, "must be a smaller and a larger part of 1")
@@ -127,10 +128,11 @@ class Run(Group):
 class Data(Group):
     """data"""
 
-    data_dir: str | None = option(None, "the same as DATA", "DIR")
-    dataset: str = option("", "'' image folder or tar, tv-NAME torchvision, hfds/NAME, wds/, sklearn-digits")
+    data_dir: str | None = option(None, "the same as DATA", "DIR|FILE")
+    dataset: str = option("", "'' image folder, CSV or tar, tv-NAME torchvision, hfds/NAME, wds/, sklearn-digits")
     train_split: str = option("train", "", "NAME")
     val_split: str = option("validation", "val, valid and validation stand for each other", "NAME")
+    val_share: float = option(0.2, "what validates of images that are not divided yet", "F", SHARE)
     download: bool = option(False, "let a tv- dataset download itself", flags="--dataset-download")
     class_map: str | None = option(None, "text file of class names in the order of their numbers", "FILE")
     num_classes: int | None = option(None, "auto takes the data's", "N|auto", type=number_or_auto)
@@ -300,6 +302,8 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
             rule = f"{name} takes one value or one a channel ({self.in_chans}), got {values}"
             require(values is None or len(values) in (1, self.in_chans), rule)
         require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
+        rule = f"--train-split and --val-split are both {self.val_split}: what is trained on cannot validate"
+        require(self.eval or self.train_split != self.val_split, rule)
         require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
         require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
         rule = f"--warmup-epochs {self.warmup_epochs} leaves nothing of --epochs {self.epochs}"

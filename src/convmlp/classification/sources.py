@@ -1,9 +1,9 @@
 """Sources of the images of a classification run, and whether their classes agree."""
 
 import inspect
-import logging
+import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import copy
 from pathlib import Path
 from pickle import PickleError
@@ -16,13 +16,12 @@ from timm.data import IterableImageDataset, create_dataset
 from timm.data.readers import create_reader
 from timm.utils.misc import natural_key
 
-from ..common.classes import SPLITS, read_class_names
+from ..common.classes import read_class_names
 from ..common.errors import RunError, plural, some, suggest
-from ..common.images import EXTENSIONS, open_image
+from ..common.images import open_image
 from ..common.packages import pip_line
+from .folders import Item, list_folder, natural_order, real_path, require_split, synonyms
 from .settings import Data, Options
-
-_logger = logging.getLogger(__name__)
 
 N_HELD_OUT_DIGITS = 360
 
@@ -45,38 +44,80 @@ class Source:
             names = [] if targets is None else range(int(max(targets)) + 1)
         self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
         self.numbers: list[int] = []  # of the classes, if not those of the data
+        self.places: Sequence[int] = range(len(data))  # in the data, of the images that are used
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.places)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """An image and the number of its class."""
-        image, target = self.read(index)
+        image, target = self.read(self.places[index])
         return image, self.numbers[target] if self.numbers else target
+
+    def name(self, index: int) -> str:
+        """What a message calls the image."""
+        return self.title_of(self.places[index])
+
+    def select(self, indices: Iterable[int]) -> "Source":
+        """Some of the images, with the same classes."""
+        selected = copy(self)
+        selected.places = [self.places[index] for index in indices]
+        return selected
+
+    @property
+    def files(self) -> list[str]:
+        """The files that hold the images, as far as they are known."""
+        return []
+
+    # By the place of an image in the data
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         """An image and the number that the data gives to its class."""
         image, target = self.data[index]
         return image, int(target)
 
-    def name(self, index: int) -> str:
-        """What a message calls the image."""
+    def title_of(self, index: int) -> str:
         return f"{self.title} image {index}"
 
 
+class FileSource(Source):
+    """Image files with their labels; the classes are numbered in the given or the natural order of their names."""
+
+    def __init__(self, items: Sequence[Item], class_names: Iterable[str] = ()):
+        names = list(class_names) or natural_order(item.label for item in items)
+        numbers = {name: number for number, name in enumerate(names)}
+        super().__init__([(item.path, numbers[item.label]) for item in items], "", names)
+
+    @property
+    def files(self) -> list[str]:
+        return [self.data[place][0] for place in self.places]
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.data[index]
+        return open_image(path), target
+
+    def title_of(self, index: int) -> str:
+        return self.data[index][0]
+
+
 class ReaderSource(Source):
-    """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
+    """Images of a timm reader: a tar file or a Hugging Face dataset."""
 
     def __init__(self, reader: Any):
         classes: Any = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
         super().__init__(reader, "", sorted(classes, key=classes.get))
+
+    @property
+    def files(self) -> list[str]:
+        tar = getattr(self.data, "root", None)
+        return [tar] if tar and os.path.isfile(tar) else []
 
     def read(self, index: int) -> tuple[Image.Image, int]:
         file, target = self.data[index][:2]
         with file:
             return open_image(file), int(target)
 
-    def name(self, index: int) -> str:
+    def title_of(self, index: int) -> str:
         return str(self.data.filename(index, absolute=True))
 
 
@@ -92,8 +133,8 @@ def _digits(train: bool) -> Source:
     return Source(parts[0] if train else parts[1], "digits train" if train else "digits held-out", range(10))
 
 
-def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
-    """The training or the evaluation images that the options name.
+def open_source(options: Options, train: bool, items: list[Item] | None = None) -> Source | IterableImageDataset:
+    """The training or the evaluation images that the options name, or those among `items`, from `split.divide`.
 
     Raises:
         RunError: the folder, split, dataset or package is missing, or holds no images.
@@ -105,9 +146,12 @@ def open_source(options: Options, train: bool) -> Source | IterableImageDataset:
     if name.startswith("tv-"):
         return _torchvision_source(options, split, train)
     names = read_class_names(options.class_map) if options.class_map else []
-    class_map = {name: number for number, name in enumerate(names)}
+    if items is not None:
+        names = names or natural_order(item.label for item in items)
+        return FileSource([item for item in items if item.side == ("train" if train else "val")], names)
     if not name:
-        return _folder_source(options, split, class_map)
+        return _folder_source(options, split, names)
+    class_map = {name: number for number, name in enumerate(names)}
     if name.partition("/")[0].lower() in PACKAGES:
         return _named_source(options, split, train, class_map)
     known = ["sklearn-digits", "tv-CIFAR10", *(f"{kind}/" for kind in PACKAGES)]
@@ -145,67 +189,19 @@ def _named_source(
         raise RunError(f"cannot open --dataset {name} {split}: {error}") from error
 
 
-def _synonyms(split: str) -> list[str]:
-    """The names under which a split may be found, its own first."""
-    return list(dict.fromkeys([split, *(name for names in SPLITS.values() if split in names for name in names)]))
-
-
-def _folder_source(options: Data, split: str, class_map: dict[str, int]) -> ReaderSource:
-    """root/SPLIT/CLASS/*, or root/SPLIT.tar; train and val are found under their usual names."""
-    if not options.data_dir:
-        raise RunError("no data folder: name it last on the command line, or data_dir in the config")
-    root = Path(options.data_dir)
-    if not root.is_dir():
-        raise RunError(f"no such data folder: {root}")
-    candidates = [root / f"{name}{end}" for end in ("", ".tar") for name in _synonyms(split)]
-    path = next((p for p in candidates if p.exists()), None)
-    if path is None:
-        found = some(sorted(p.name for p in root.iterdir()), 5) or "nothing"
-        raise RunError(
-            f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
-            f"and --val-split"
-        )
-    settings = {"input_key": ";".join(EXTENSIONS)} if path.is_dir() else {}
+def _folder_source(options: Data, split: str, class_names: list[str]) -> Source:
+    """The images of DATA/SPLIT/CLASS/*, or of DATA/SPLIT.tar."""
+    path = require_split(options, split)
+    if path.is_dir():
+        return FileSource(list_folder(path, options, class_names), class_names)
     try:
-        reader = create_reader("", str(path), class_map=class_map, **settings)
+        reader = create_reader("", str(path), class_map={name: number for number, name in enumerate(class_names)})
     except (RuntimeError, ValueError, OSError, AssertionError, tarfile.TarError) as error:
         raise RunError(f"cannot read {path}: {error or type(error).__name__}") from error
-    if path.is_dir() and not class_map:
-        _name_classes(reader, path)
-    elif path.is_dir():
-        left_out = sorted(p.name for p in path.iterdir() if p.is_dir() and p.name not in class_map)
-        if left_out:
-            folders = f"{plural(len(left_out), 'folder')} of {path}"
-            _logger.warning(f"{options.class_map} lacks {folders}: {some(left_out, 5)}")
     source = ReaderSource(reader)
-    if path.is_file() and len({tuple(natural_key(name)) for name in source.class_names}) < len(source.class_names):
+    if len({tuple(natural_key(name)) for name in source.class_names}) < len(source.class_names):
         raise RunError(f"{path} has classes that differ in case alone; unpack it, or give a --class-map")
     return source
-
-
-def _name_classes(reader: Any, root: Path) -> None:
-    """Number the classes in an order that depends on their names alone, after a look at the folders.
-
-    timm's own order leaves names that differ in case alone, such as A and a, to chance.
-    """
-    folders: dict[str, Path] = {}
-    samples = []
-    for path, _ in reader.samples:
-        folder = Path(path).relative_to(root).parent
-        if any(part.startswith(".") for part in folder.parts):
-            continue
-        if not folder.name:
-            raise RunError(f"{root} holds images beside its class folders; expected {root}/CLASS/IMAGE")
-        if folders.setdefault(folder.name, folder) != folder:
-            raise RunError(f"two class folders in {root} have one name: {folders[folder.name]} and {folder}")
-        samples.append((path, folder.name))
-    filled = {folder.parts[0] for folder in folders.values()}
-    empty = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in filled and p.name[0] != ".")
-    if empty:
-        raise RunError(f"class folder {root / empty[0]} holds no images ({len(empty)} such); remove or fill it")
-    names = sorted(folders, key=lambda name: (natural_key(name), name))
-    reader.class_to_idx = {name: number for number, name in enumerate(names)}
-    reader.samples = [(path, reader.class_to_idx[name]) for path, name in samples]
 
 
 def _torchvision_source(options: Data, split: str, train: bool) -> Source:
@@ -221,7 +217,7 @@ def _torchvision_source(options: Data, split: str, train: bool) -> Source:
     if "train" in parameters:
         choices: list[dict[str, Any]] = [{"train": train}]
     elif "split" in parameters:
-        choices = [{"split": name} for name in _synonyms(split)]
+        choices = [{"split": name} for name in synonyms(split)]
     else:
         raise RunError(f"torchvision's {name} has neither train= nor split=; it cannot be trained on by name")
     for choice in choices:
@@ -260,6 +256,17 @@ def check_classes(train: Any, val: Any, options: Data) -> list[str]:
             "auto takes the data's"
         )
     return names
+
+
+def check_apart(train: Any, val: Any) -> None:
+    """Make sure that no file is among both the training and the validation images, whatever its name there."""
+    paths = {real_path(path): path for path in getattr(train, "files", [])}
+    shared = [path for path in getattr(val, "files", []) if real_path(path) in paths]
+    if shared:
+        raise RunError(
+            f"the training and the validation data share {plural(len(shared), 'file')}, the first is {shared[0]}; "
+            "what is trained on cannot validate"
+        )
 
 
 def relabel(source: Any, class_names: list[str], path: str) -> Any:

@@ -1,0 +1,173 @@
+"""Split of undivided images into training and validation, by their content; a run keeps it in split.csv."""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from ..common.classes import SPLITS, read_class_names
+from ..common.devices import count_cores
+from ..common.errors import RunError, plural, some
+from .folders import Item, data_path, find_undivided, list_folder, natural_order, real_path, synonyms
+from .settings import Data, Options
+from .tables import check_files, read_table, write_table
+
+_logger = logging.getLogger(__name__)
+
+SPLIT = "split.csv"
+PART = 16  # images that a thread takes at a time
+TEST = "test"  # validates where a table names no other images for it
+
+Input = TypeVar("Input")
+Output = TypeVar("Output")
+
+
+def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
+    """The images of DATA with their sides, where one folder or table holds both; else None.
+
+    `kept` is the split.csv of a run that is continued or evaluated. It counts as long as it knows any of the images. An
+    evaluation needs one side alone, and a table that itself names the sides is then taken at its word.
+
+    Raises:
+        RunError: something in DATA is missing or contradicts itself, or cannot be divided.
+    """
+    whole = None if options.dataset else find_undivided(options)
+    if whole is None:
+        if options.val_share != Data.val_share:
+            _logger.info(f"--val-share {options.val_share} is not used: the data has a validation set")
+        return None
+    class_names = read_class_names(options.class_map) if options.class_map else []
+    items = read_table(whole) if whole.is_file() else list_folder(whole, options, class_names)
+    if class_names:
+        items = [item for item in items if item.label in class_names]
+    if whole.is_file() and items[0].side:
+        items = _rename_sides(items, options, whole)
+    if kept and kept.exists() and not (options.eval and items[0].side):
+        items = _take_sides(items, kept, bool(options.eval))
+    origin = data_path(options)
+    if options.eval and items[0].side:
+        items = [item for item in items if item.side == "val"]
+    check_files(items, origin)
+    if not items[0].side:
+        items = split_by_content(items, options.val_share, origin)
+    if not options.eval:
+        _check_sides(items, origin)
+    return items
+
+
+def _rename_sides(items: list[Item], options: Options, origin: Path) -> list[Item]:
+    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out."""
+    found = {item.side.lower() for item in items}
+    names = {"train": set(synonyms(options.train_split)), "val": set(synonyms(options.val_split))}
+    if not names["val"] & found and options.val_split in SPLITS["val"]:
+        names["val"] = {TEST}
+    known = {TEST, *names["train"], *names["val"], *(name for split in SPLITS.values() for name in split)}
+    strange = [item for item in items if item.side.lower() not in known]
+    if strange:
+        raise RunError(
+            f"{origin}: {plural(len(strange), 'image')} with an unknown split, the first is {strange[0].side} "
+            f"of {strange[0].path}; known are train, val, test, and what --train-split and --val-split name"
+        )
+    sides = [next((s for s, known in names.items() if item.side.lower() in known), "") for item in items]
+    renamed = [item._replace(side=side) for item, side in zip(items, sides, strict=True) if side]
+    if len(renamed) < len(items):
+        others = found - names["train"] - names["val"]
+        _logger.info(f"{origin}: {plural(len(items) - len(renamed), 'image')} of {some(sorted(others))} left out")
+    for side in ["val"] if options.eval else ["train", "val"]:
+        if not any(item.side == side for item in renamed):
+            raise RunError(f"{origin} has no {side} images; its splits are {some(sorted(found))}")
+    return renamed
+
+
+def _take_sides(items: list[Item], kept: Path, evaluating: bool) -> list[Item]:
+    """What an earlier split says, in an evaluation of these images alone; nothing if it knows none of them."""
+    known = read_table(kept)
+    paths, known_paths = ({real_path(item.path) for item in each} for each in (items, known))
+    n_new = len(paths - known_paths)
+    if n_new == len(paths):
+        _logger.info(f"{kept} knows none of these images: they are divided anew")
+        return items
+    ignored = f"; {plural(n_new, 'image')} that it does not know left out" if n_new else ""
+    _logger.info(f"training and validation images as in {kept}{ignored}")
+    return [item for item in known if not evaluating or real_path(item.path) in paths]
+
+
+def split_by_content(items: list[Item], val_share: float, origin: Path) -> list[Item]:
+    """Sides by the hash of each file's content, so that they stay when images are added, renamed or copied.
+
+    Each class has an image on either side: if need be the one of its smallest hash validates, or that of its largest
+    trains.
+
+    Raises:
+        RunError: there is one class only, or a class has fewer than two different images, or a file cannot be read.
+    """
+    hashes = list(in_threads(content_hash, [item.path for item in items], "dividing the images"))
+    own = defaultdict(set)
+    for item, each in zip(items, hashes, strict=True):
+        own[item.label].add(each)
+    if len(own) < 2:
+        raise RunError(f"{origin} has one class only, {items[0].label}; there is nothing to tell apart")
+    few = [label for label in natural_order(own) if len(own[label]) < 2]
+    if few:
+        raise RunError(
+            f"{origin}: class {few[0]} has fewer than two different images ({plural(len(few), 'class')} like this); "
+            "one must train and another validate"
+        )
+    validates = {each: int(each, 16) < val_share * 16 ** len(each) for each in {*hashes}}
+    for label in natural_order(own):
+        first, last = min(own[label]), max(own[label])
+        if not any(validates[each] for each in own[label]):
+            validates[first] = True
+        if all(validates[each] for each in own[label]):
+            validates[last] = False
+    divided = [item._replace(side="val" if validates[h] else "train") for item, h in zip(items, hashes, strict=True)]
+    n_val = sum(item.side == "val" for item in divided)
+    _logger.info(f"{origin} divided by content: {len(items) - n_val} training and {plural(n_val, 'validation image')}")
+    return divided
+
+
+def content_hash(path: str) -> str:
+    """A number of 128 bits, in 32 hexadecimal digits, of the content of a file."""
+    try:
+        return hash_bytes(Path(path).read_bytes())
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def hash_bytes(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def in_threads(work: Callable[[Input], Output], inputs: Sequence[Input], title: str) -> Iterator[Output]:
+    """What `work` makes of each input, in their order, with a progress bar. It should wait for disks or for C code."""
+    parts = [inputs[start : start + PART] for start in range(0, len(inputs), PART)]
+    with (
+        tqdm(total=len(inputs), desc=title, disable=None, leave=False, unit="image") as bar,
+        ThreadPoolExecutor(min(32, 2 * count_cores())) as pool,
+    ):
+        for outputs in pool.map(lambda part: [work(each) for each in part], parts):
+            yield from outputs
+            bar.update(len(outputs))
+
+
+def _check_sides(items: list[Item], origin: Path) -> None:
+    """Make sure that training has all classes, and more than one."""
+    labels = {side: {item.label for item in items if item.side == side} for side in ("train", "val")}
+    alone = natural_order(labels["val"] - labels["train"])
+    if alone:
+        raise RunError(f"{origin}: {plural(len(alone), 'class')} in the validation images alone: {some(alone)}")
+    if len(labels["train"]) < 2:
+        raise RunError(f"{origin} has one class only, {items[0].label}; there is nothing to tell apart")
+    unseen = natural_order(labels["train"] - labels["val"])
+    if unseen:
+        _logger.warning(f"{origin}: {plural(len(unseen), 'class')} without a validation image: {some(unseen)}")
+
+
+def write_split(path: Path, items: list[Item]) -> None:
+    """split.csv: path, label and split of each image, which can be given as DATA again."""
+    write_table(path, ["path", "label", "split"], ((Path(path).absolute(), *rest) for path, *rest in items))
