@@ -124,12 +124,16 @@ def build_optimizer(options: Options, model: nn.Module, device: torch.device) ->
         raise RunError(f"--opt {options.opt}: {error}") from error
 
 
-def build_schedule(options: Options, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+def build_schedule(
+    options: Options, metric: str, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Any, int]:
     """timm's learning rate scheduler, None for --sched none, and the epochs with those of the cool-down.
 
-    Its rate changes with each update; that of plateau, which follows the metrics, with each epoch.
+    Its rate changes with each update; that of plateau, which follows the metric, with each epoch.
     """
-    settings = scheduler_kwargs(options) | {"step_on_epochs": options.sched == "plateau"}
+    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {
+        "step_on_epochs": options.sched == "plateau"
+    }
     try:
         return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except ValueError as error:

@@ -281,7 +281,9 @@ class Records(Group):
         0, "leave out up to N updates with NaN or infinity; by default the first ends the run", "N", NOT_NEGATIVE
     )
     log_interval: int = option(50, "log lines where there is no terminal", "STEPS", POSITIVE)
-    eval_metric: Literal["top1", "top5", "loss"] = option("top1", "what makes a checkpoint the best")
+    eval_metric: Literal["auto", "top1", "top5", "balanced_accuracy", "macro_f1", "loss"] = option(
+        "auto", "what makes a checkpoint the best; auto: balanced_accuracy if the classes are uneven, else top1"
+    )
     log_tensorboard: bool = option(False)
     log_wandb: bool = option(False)
     wandb_project: str | None = option(None, "", "NAME")

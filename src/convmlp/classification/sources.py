@@ -41,7 +41,7 @@ class Source:
         self.title = title
         names = getattr(data, "classes", None) if classes is None else classes
         if names is None:
-            targets = next((getattr(data, n) for n in ("targets", "labels", "_labels") if hasattr(data, n)), None)
+            targets = self._data_targets()
             names = [] if targets is None else range(int(max(targets)) + 1)
         self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
         self.numbers: list[int] = []  # of the classes, if not those of the data
@@ -63,6 +63,21 @@ class Source:
         """What a message calls the image."""
         return f"{self.title} image {index}"
 
+    def targets(self) -> np.ndarray | None:
+        """The number of the class of every image, (n,), without reading one; None where the data does not tell."""
+        targets = self._data_targets()
+        if targets is None or targets.shape != (len(self),):
+            return None
+        return np.asarray(self.numbers)[targets] if self.numbers else targets
+
+    def _data_targets(self) -> np.ndarray | None:
+        """The numbers that the data gives to the classes of its images."""
+        if isinstance(self.data, list):
+            return np.array([target for _, target in self.data])
+        names = ("targets", "labels", "_labels")  # of torchvision's datasets
+        found = next((getattr(self.data, name) for name in names if hasattr(self.data, name)), None)
+        return None if found is None else np.asarray(found)
+
 
 class ReaderSource(Source):
     """Images of a timm reader: a folder, a tar file, or a Hugging Face dataset."""
@@ -78,6 +93,13 @@ class ReaderSource(Source):
 
     def name(self, index: int) -> str:
         return str(self.data.filename(index, absolute=True))
+
+    def _data_targets(self) -> np.ndarray:
+        if hasattr(self.data, "iter_targets"):  # of Hugging Face datasets
+            return np.array([*self.data.iter_targets()])
+        if hasattr(self.data, "targets"):  # of tar files
+            return np.asarray(self.data.targets)
+        return np.array([target for _, target in self.data.samples])
 
 
 def _digits(train: bool) -> Source:
@@ -260,6 +282,12 @@ def check_classes(train: Any, val: Any, options: Data) -> list[str]:
             "auto takes the data's"
         )
     return names
+
+
+def count_classes(source: Source | IterableImageDataset, num_classes: int) -> np.ndarray | None:
+    """How many images each class has, (num_classes,); None where the data does not tell."""
+    targets = source.targets() if isinstance(source, Source) else None
+    return None if targets is None else np.bincount(targets, minlength=num_classes)
 
 
 def relabel(source: Any, class_names: list[str], path: str) -> Any:
