@@ -55,7 +55,7 @@ def test_tar_files_hold_the_same_images_as_their_folders(pictures, tmp_path):
     for i in range(24):
         assert ours.load(i) == theirs.load(i)
     assert ours.targets().tolist() == theirs.targets().tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    assert count_classes(ours, 4).tolist() == [8, 8, 8, 0]
+    assert count_classes(ours, parse_options([]), 4).tolist() == [8, 8, 8, 0]
 
 
 def test_targets_are_told_without_reading_an_image_and_as_the_classes_are_numbered(pictures):
@@ -73,7 +73,10 @@ def test_datasets_with_several_targets_an_image_do_not_tell_them():
         def __len__(self):
             return 2
 
-    assert Source(Boxes(), "boxes").targets() is None and count_classes(Source(Boxes(), "boxes"), 2) is None
+    assert (
+        Source(Boxes(), "boxes").targets() is None
+        and count_classes(Source(Boxes(), "boxes"), parse_options([]), 2) is None
+    )
 
 
 def test_hugging_face_folders_are_read(pictures):

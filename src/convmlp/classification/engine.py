@@ -21,6 +21,7 @@ from .evaluation import Predictions, evaluate, figures_line, log_unreadable
 from .finite import NONFINITE
 from .history import choose_metric
 from .loaders import make_loader
+from .losses import build_loss, class_weights
 from .models import build_model, resolve_data_config
 from .options import parse_options
 from .process import start_process
@@ -54,7 +55,8 @@ def train(options: Options) -> None:
     with process.first_on_machine():
         train_source, val_source = open_source(options, train=True), open_source(options, train=False)
     class_names = check_classes(train_source, val_source, options)
-    counts = count_classes(train_source, len(class_names))
+    counts = count_classes(train_source, options, len(class_names))
+    criterion = build_loss(options, class_weights(options, class_names, counts))
     metric = choose_metric(options, counts, resumed[1] if resumed else None)
     seed_all(options.seed, "initialisation")
     model = build_model(options, options, class_names, process).to(process.device)
@@ -63,7 +65,9 @@ def train(options: Options) -> None:
         make_loader(source, options, data_config, process, len(class_names), train)
         for source, train in ((train_source, True), (val_source, False))
     )
-    trainer = Trainer(options, process, folder, model, train_loader, val_loader, class_names, data_config, metric)
+    trainer = Trainer(
+        options, process, folder, model, train_loader, val_loader, class_names, data_config, criterion, metric
+    )
     if resumed:
         restore(trainer, *resumed)
     if not process.primary:

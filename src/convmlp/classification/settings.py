@@ -233,6 +233,11 @@ class Optimizer(Group):
     clip_grad: float | None = option(None, "clip gradients", "X", POSITIVE)
     clip_mode: Literal["norm", "value", "agc"] = option("norm")
     smoothing: float = option(0.1, "label smoothing", range=BELOW_ONE)
+    class_weights: str | None = option(
+        None,
+        "weights of the classes in the loss: auto, by inverse frequency, or a file of lines class,weight",
+        "auto|FILE",
+    )
     model_ema: bool = option(False, "keep and evaluate a moving average of the weights")
     model_ema_decay: float = option(0.9998, range=BELOW_ONE)
     model_ema_warmup: bool = option(False, "let the decay rise to its value")

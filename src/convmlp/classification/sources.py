@@ -284,9 +284,16 @@ def check_classes(train: Any, val: Any, options: Data) -> list[str]:
     return names
 
 
-def count_classes(source: Source | IterableImageDataset, num_classes: int) -> np.ndarray | None:
-    """How many images each class has, (num_classes,); None where the data does not tell."""
+def count_classes(source: Source | IterableImageDataset, options: Options, num_classes: int) -> np.ndarray | None:
+    """How many training images each class has, (num_classes,); None where the data does not tell.
+
+    Raises:
+        RunError: the data does not tell, and an option needs it.
+    """
     targets = source.targets() if isinstance(source, Source) else None
+    for name, needed in {"--class-weights auto": options.class_weights == "auto"}.items():
+        if needed and targets is None:
+            raise RunError(f"{name}: --dataset {options.dataset} does not tell the classes of its images beforehand")
     return None if targets is None else np.bincount(targets, minlength=num_classes)
 
 

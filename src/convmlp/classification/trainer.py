@@ -49,6 +49,7 @@ class Trainer:
     val_loader: Loader
     class_names: list[str]
     data_config: DataConfig
+    criterion: nn.Module
     metric: str  # what makes an epoch the best
 
     def __post_init__(self) -> None:
@@ -85,7 +86,7 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = build_task(options, model, self.class_names, process)
+        self.task = build_task(options, model, self.criterion, self.class_names, process)
         if options.model_ema:
             self.average = self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
         if options.compile:
