@@ -135,6 +135,7 @@ class Data(Group):
     target_key: str | None = option(None, "label field of an hfds or wds dataset", "NAME")
     train_num_samples: int | None = option(None, "images in a wds training set that does not say so itself", "N")
     val_num_samples: int | None = option(None, "likewise for validation", "N")
+    balanced_sampling: bool = option(False, "draw the classes equally often, and as many images an epoch as there are")
     on_bad_image: Literal["skip", "stop"] = option("skip", "an unreadable image is named and skipped")
     workers: int | None = option(None, "loader processes; by default its cores, up to 8", "N", NOT_NEGATIVE, flags="-j")
     pin_mem: bool = option(True, "pinned memory for copies to a GPU")
@@ -313,10 +314,16 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
         has_keys = self.streamed or self.dataset.lower().startswith("hfds/")
         rule = "--input-key and --target-key are for hfds and wds"
         require(has_keys or not (self.input_key or self.target_key), rule)
-        for name, off in (("checkpoint_interval", 0), ("mixup_off_epoch", 0), ("on_bad_image", "skip")):
+        unstreamed = {
+            "checkpoint_interval": 0,
+            "mixup_off_epoch": 0,
+            "on_bad_image": "skip",
+            "balanced_sampling": False,
+        }
+        for name, off in unstreamed.items():
             value = getattr(self, name)
-            rule = f"{flag_of(name)} {value} does not work with streamed data"
-            require(not self.streamed or value == off, rule)
+            given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+            require(not self.streamed or value == off, f"{given} does not work with streamed data")
 
     def stored(self) -> dict[str, Any]:
         """What args.yaml and checkpoints keep: plain values that make a config again."""

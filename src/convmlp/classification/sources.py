@@ -291,7 +291,8 @@ def count_classes(source: Source | IterableImageDataset, options: Options, num_c
         RunError: the data does not tell, and an option needs it.
     """
     targets = source.targets() if isinstance(source, Source) else None
-    for name, needed in {"--class-weights auto": options.class_weights == "auto"}.items():
+    needs = {"--class-weights auto": options.class_weights == "auto", "--balanced-sampling": options.balanced_sampling}
+    for name, needed in needs.items():
         if needed and targets is None:
             raise RunError(f"{name}: --dataset {options.dataset} does not tell the classes of its images beforehand")
     return None if targets is None else np.bincount(targets, minlength=num_classes)
