@@ -8,7 +8,15 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from convmlp.classification.batches import EvalDataset, TrainBatches, eval_batches, seed_all
+from convmlp.classification.batches import (
+    Batch,
+    EvalDataset,
+    TrainBatches,
+    TrainDataset,
+    count_earlier,
+    eval_batches,
+    seed_all,
+)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -28,6 +36,62 @@ def test_epochs_are_shuffled_differently_and_continue_anywhere():
     assert list(batches) == whole[2:]
     batches.start(4)
     assert [b.indices for b in batches] != [b.indices for b in whole]
+
+
+UNEVEN = np.repeat([0, 1, 3], [40, 15, 5])
+
+
+def test_a_balanced_epoch_has_as_many_images_of_each_class_and_uses_all_before_one_comes_again():
+    batches = TrainBatches(60, 6, 0, 0, 1, targets=UNEVEN)
+    indices = [i for batch in batches for i in batch.indices]
+    counts = np.bincount(indices, minlength=60)
+    assert len(indices) == 60 and np.bincount(UNEVEN[indices]).tolist() == [20, 20, 0, 20]
+    assert {*counts[:40]} == {0, 1} and {*counts[40:55]} == {1, 2} and {*counts[55:]} == {4}
+    assert indices != sorted(indices, key=lambda i: UNEVEN[i])  # the classes are mixed
+    batches.start(1)
+    assert [i for batch in batches for i in batch.indices] != indices
+
+
+@pytest.mark.parametrize("n_images", [7, 8])
+def test_a_balanced_epoch_has_its_length_where_the_classes_do_not_divide_it(n_images):
+    targets = np.arange(n_images) % 3
+    counts = [
+        np.bincount(targets[TrainBatches(n_images, n_images, seed, 0, 1, targets=targets).batch(0, 0).indices])
+        for seed in range(9)
+    ]
+    assert {sum(each) for each in counts} == {n_images} and {max(each) - min(each) for each in counts} == {1}
+    assert len({tuple(each) for each in counts}) == 3  # no class is the one that always has more
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_balanced_epoch_is_shared_by_the_ranks_and_continues_anywhere(world_size):
+    ranks = [TrainBatches(60, 12 // world_size, 7, rank, world_size, targets=UNEVEN) for rank in range(world_size)]
+    alone = TrainBatches(60, 12, 7, 0, 1, targets=UNEVEN)
+    alone.start(2, 3)
+    for rank in ranks:
+        rank.start(2, 3)
+    for whole, *shares in zip(alone, *ranks, strict=True):
+        assert whole.indices == sum((share.indices for share in shares), [])
+        assert whole.repetitions == sum((share.repetitions for share in shares), [])
+
+
+def test_earlier_ones_are_counted():
+    assert count_earlier(np.array([3, 1, 3, 3, 0, 1])).tolist() == [0, 0, 1, 2, 0, 1]
+
+
+def test_each_repetition_of_an_image_is_augmented_in_its_own_way():
+    class Source:
+        def __len__(self):
+            return 2
+
+        def load(self, index):
+            return Image.new("RGB", (1, 1)), 0
+
+    dataset = TrainDataset(Source(), lambda image: np.full((1, 1, 1), random.randrange(256), np.uint8), "RGB", seed=0)
+    drawn = [dataset.__getitems__(Batch(0, 0, [0, 0, 1], [0, n, 0]))[0].flatten().tolist() for n in (1, 2, 1)]
+    assert drawn[0] == drawn[2] and drawn[0][1] != drawn[1][1] and len({*drawn[0]}) == 3
+    seed_all(0, "image", 0, 1)
+    assert drawn[0][2] == random.randrange(256)  # the key of an image that comes once
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

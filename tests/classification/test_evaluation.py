@@ -1,9 +1,11 @@
 """Evaluation: what is counted, and which images are kept to be shown."""
 
 import numpy as np
+import pytest
 import torch
+from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from convmlp.classification.evaluation import N_SHOWN, Predictions
+from convmlp.classification.evaluation import N_SHOWN, Evaluator, Predictions
 
 
 def predictions_of(answers, num_classes, batch_size=16):
@@ -21,6 +23,21 @@ def predictions_of(answers, num_classes, batch_size=16):
 
 def numbers(kept):
     return [int(each.image[0, 0, 0]) for each in kept]
+
+
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true:UserWarning")
+@pytest.mark.parametrize("targets", [(0, 0, 1, 1, 2, 2, 2), (0, 0, 0, 0, 0, 0, 1), (3, 3, 3, 3, 3, 3, 3)])
+def test_figures_of_classes_are_scikit_learns(targets):
+    targets, predicted = torch.tensor(targets), torch.tensor((0, 1, 1, 1, 2, 0, 1))
+    logits = torch.nn.functional.one_hot(predicted, 5).float()
+    evaluator = Evaluator(5, torch.device("cpu"))
+    for part in (slice(0, 4), slice(4, 7)):
+        evaluator.update(logits[part], targets[part])
+    figures = evaluator.compute()
+    assert figures["top1"] == pytest.approx(100 * (targets == predicted).float().mean().item())
+    assert figures["balanced_accuracy"] == pytest.approx(100 * balanced_accuracy_score(targets, predicted))
+    assert figures["macro_f1"] == pytest.approx(100 * f1_score(targets, predicted, average="macro"))
+    assert figures["predicted_classes"] == 3
 
 
 def test_every_prediction_is_counted_once():

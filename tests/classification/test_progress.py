@@ -7,6 +7,7 @@ import pytest
 from convmlp.classification.progress import Clock, EpochProgress, epoch_line
 
 ROW = {"epoch": 3, "train_loss": 1.25, "eval_loss": 0.5, "eval_top1": 75.0, "eval_top5": 100.0, "lr": 0.001}
+ROW |= {"eval_balanced_accuracy": 74.0, "eval_macro_f1": 73.0}
 
 
 def test_waiting_is_the_time_between_asking_for_a_batch_and_having_it(monkeypatch):
@@ -27,7 +28,10 @@ def test_waiting_is_the_time_between_asking_for_a_batch_and_having_it(monkeypatc
 @pytest.mark.parametrize(("seconds", "left"), [(5, "1:20 left"), (400, "1:46:40 left")])
 def test_the_line_of_an_epoch_says_how_long_the_run_will_take(seconds, left):
     line = epoch_line(ROW, 20, "9 img/s", seconds)
-    assert line.startswith("epoch  3/20  loss 1.2500  val loss 0.5000  top-1 75.00  top-5 100.00  lr 1.0e-03  9 img/s")
+    assert line.startswith(
+        "epoch  3/20  loss 1.2500  val loss 0.5000  top-1 75.00  top-5 100.00  balanced 74.00  F1 73.00"
+    )
+    assert "  lr 1.0e-03  9 img/s  " in line
     assert line.endswith(left) and "averaged" not in line
     assert "top-1 75.00 (averaged 80.00)" in epoch_line(ROW | {"eval_ema_top1": 80.0}, 20, "", seconds)
 

@@ -30,6 +30,7 @@ from convmlp.common.errors import RunError
         (["--dataset", "wds/", "--checkpoint-interval", "5"], "--checkpoint-interval 5 does not work with streamed"),
         (["--dataset", "wds/", "--mixup-off-epoch", "5"], "--mixup-off-epoch 5 does not work with streamed data"),
         (["--dataset", "wds/", "--on-bad-image", "stop"], "--on-bad-image stop does not work with streamed data"),
+        (["--dataset", "wds/", "--balanced-sampling"], "--balanced-sampling does not work with streamed data"),
         (["--epochs", "5", "--warmup-epochs", "5"], "leaves nothing of --epochs 5"),
     ],
 )

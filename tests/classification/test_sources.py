@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from convmlp.classification.options import parse_options
-from convmlp.classification.sources import check_classes, open_source, relabel
+from convmlp.classification.sources import Source, check_classes, count_classes, open_source, relabel
 from convmlp.common.errors import RunError
 
 
@@ -29,7 +29,7 @@ def test_digits_are_held_out_in_equal_shares_and_never_trained_on():
     assert min(Counter(held_out.load(i)[1] for i in range(360)).values()) >= 34
     assert held_out.class_names == [str(i) for i in range(10)] and held_out.name(3) == "digits held-out image 3"
     assert all(held_out.load(i) == again.load(i) for i in range(360))
-    assert held_out.load(0)[0].size == (8, 8)
+    assert held_out.load(0)[0].size == (8, 8) and held_out.targets()[7] == held_out.load(7)[1]
     images = Counter(source.load(i)[0].tobytes() for source in (train, held_out) for i in range(len(source)))
     assert images == Counter(np.round(image * 255 / 16).astype(np.uint8).tobytes() for image in load_digits().images)
 
@@ -54,6 +54,29 @@ def test_tar_files_hold_the_same_images_as_their_folders(pictures, tmp_path):
     assert ours.class_names == ["digit0", "digit1", "digit2"] and len(ours) == len(theirs) == 24
     for i in range(24):
         assert ours.load(i) == theirs.load(i)
+    assert ours.targets().tolist() == theirs.targets().tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert count_classes(ours, parse_options([]), 4).tolist() == [8, 8, 8, 0]
+
+
+def test_targets_are_told_without_reading_an_image_and_as_the_classes_are_numbered(pictures):
+    for file in pictures.glob("train/*/*.png"):
+        file.write_bytes(b"")
+    source = relabel(open_source(options_for(pictures), True), ["digit1", "digit2", "digit0"], "x.pth")
+    assert source.targets().tolist() == [2] * 8 + [0] * 8 + [1] * 8
+
+
+def test_datasets_with_several_targets_an_image_do_not_tell_them():
+    class Boxes:
+        classes = ["a", "b"]
+        targets = [[1, 0], [0, 1]]
+
+        def __len__(self):
+            return 2
+
+    assert (
+        Source(Boxes(), "boxes").targets() is None
+        and count_classes(Source(Boxes(), "boxes"), parse_options([]), 2) is None
+    )
 
 
 def test_hugging_face_folders_are_read(pictures):
@@ -61,6 +84,7 @@ def test_hugging_face_folders_are_read(pictures):
     assert len(train) == 24 and train.class_names == ["digit0", "digit1", "digit2"]
     image, target = train.load(23)
     assert image.size == (36, 36) and target == 2
+    assert train.targets().tolist() == [train.load(i)[1] for i in range(24)]
 
 
 def write_mnist(folder, images, labels, prefix):
@@ -81,6 +105,7 @@ def test_torchvision_datasets_with_a_train_flag_are_read(tmp_path):
     assert len(train) == 360 and len(train.class_names) == 10
     image, target = open_source(options, False).load(7)
     assert image.size == (24, 24) and target == digits.target[7]
+    assert train.targets().tolist() == digits.target[:360].tolist()
 
 
 def test_torchvision_datasets_with_splits_are_read_under_synonyms(make_pictures):

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+import yaml
 
 from convmlp.classification.trainer import Trainer
 from convmlp.common.command import STOPPED
@@ -171,7 +172,8 @@ def evaluations(monkeypatch):
 
         def evaluate(*arguments, predictions=None, desc="", **named):
             top1, loss = (0.0, 0.0) if desc == "evaluating the best" else next(figures)
-            return {"top1": top1, "top5": 100.0, "loss": loss}
+            accuracies = {"top1": top1, "top5": 100.0, "balanced_accuracy": top1, "macro_f1": top1}
+            return accuracies | {"loss": loss, "predicted_classes": 3}
 
         monkeypatch.setattr("convmlp.classification.trainer.evaluate", evaluate)
 
@@ -205,6 +207,53 @@ def test_resuming_with_another_metric_compares_like_with_like(run, evaluations):
     code, said, _ = run("--eval-metric", "loss", "--epochs", "4", "--resume", "auto")
     assert code == 0 and "best epoch 3:" in said and read(folder / "best.pth")["epoch"] == 3
     assert read(folder / "previous.pth")["best"] == {"epoch": 1, "value": 3.0}
+
+
+@pytest.fixture
+def uneven(pictures):
+    """Eight, eight and four training images."""
+    for file in sorted((pictures / "train" / "digit2").iterdir())[:4]:
+        file.unlink()
+    return pictures
+
+
+def test_with_uneven_classes_the_best_epoch_has_the_best_balanced_accuracy(run, uneven, images):
+    code, said, folder = run("--epochs", "1", data=uneven)
+    assert code == 0 and "best balanced accuracy, because the classes are uneven (4 to 8 training images)" in said
+    assert read(folder / "best.pth")["eval_metric"] == "balanced_accuracy"
+    assert yaml.safe_load((folder / "args.yaml").read_text())["eval_metric"] == "auto"
+    code, said, folder = run("--epochs", "1", "--eval-metric", "macro_f1", experiment="given", data=uneven)
+    assert "best balanced" not in said and read(folder / "best.pth")["eval_metric"] == "macro_f1"
+    code, said, folder = run("--epochs", "1", experiment="even", data=images)
+    assert "best balanced" not in said and read(folder / "best.pth")["eval_metric"] == "top1"
+
+
+def test_a_resumed_run_keeps_its_metric_unless_another_is_given(run, uneven):
+    run("--epochs", "1", "--eval-metric", "loss", data=uneven)
+    code, said, folder = run("--resume", "auto", data=uneven)
+    assert code == 0 and "eval_metric" not in said, said
+    assert (
+        read(folder / "last.pth")["eval_metric"] == "loss"
+        and read(folder / "last.pth")["args"]["eval_metric"] == "auto"
+    )
+    code, said, folder = run("--resume", "auto", "--epochs", "3", data=uneven)
+    assert read(folder / "last.pth")["eval_metric"] == "loss"
+
+
+def test_a_run_of_an_older_version_goes_on_with_what_it_recorded(run, earlier):
+    state = read(earlier / "last.pth")
+    del state["eval_metric"]
+    state["args"]["eval_metric"] = "top5"
+    for row in state["history"]:
+        for name in ("eval_balanced_accuracy", "eval_macro_f1", "eval_predicted_classes"):
+            del row[name]
+    torch.save(state, earlier / "last.pth")
+    code, said, folder = run("--resume", "auto", "--epochs", "3")
+    assert code == 0 and "resuming with changed options: epochs 2 -> 3\n" in said, said
+    assert read(folder / "last.pth")["eval_metric"] == "top5"
+    assert [bool(row["eval_macro_f1"]) for row in rows_of(folder)] == [False, False, True]
+    code, said, folder = run("--resume", "auto", "--epochs", "4", "--eval-metric", "macro_f1")
+    assert code == 0 and read(folder / "last.pth")["best"]["epoch"] >= 2, said
 
 
 # Steps

@@ -1,8 +1,8 @@
 """Batches of images whose every random draw is keyed.
 
-The order of an epoch is keyed by (seed, epoch), the augmentation of an image by (seed, epoch, its index), mixup and
-erasing by (seed, epoch, batch, rank). So a run that resumes at any batch sees exactly what an undisturbed one sees,
-with no random state to save.
+The order of an epoch is keyed by (seed, epoch), the augmentation of an image by (seed, epoch, its index) and, where the
+epoch has it more than once, by how often it came before; mixup and erasing are keyed by (seed, epoch, batch, rank). So
+a run that resumes at any batch sees exactly what an undisturbed one sees, with no random state to save.
 """
 
 import hashlib
@@ -43,17 +43,31 @@ class Batch(NamedTuple):
     epoch: int
     number: int
     indices: Sequence[int]
+    repetitions: Sequence[int]  # how often each of the images came before in the epoch
 
 
 class TrainBatches(Sampler[Batch]):
-    """This rank's share of each batch of a shuffled epoch; an incomplete last batch is left out."""
+    """This rank's share of each batch of a shuffled epoch; an incomplete last batch is left out.
 
-    def __init__(self, n_images: int, batch_size: int, seed: int, rank: int, world_size: int):
+    With `targets`, the classes of all images, an epoch draws the classes equally often.
+    """
+
+    def __init__(
+        self,
+        n_images: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        *,
+        targets: np.ndarray | None = None,
+    ):
         self.n_images = n_images
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.classes = None if targets is None else _by_class(targets)
         self.start(0)
         self._order_epoch = -1
 
@@ -66,14 +80,43 @@ class TrainBatches(Sampler[Batch]):
 
     def batch(self, epoch: int, number: int) -> Batch:
         if epoch != self._order_epoch:
-            self._order = np.random.default_rng([self.seed, epoch]).permutation(self.n_images)
+            rng = np.random.default_rng([self.seed, epoch])
+            self._order = rng.permutation(self.n_images if self.classes is None else self._balanced(rng))
+            self._repetitions = count_earlier(self._order)
             self._order_epoch = epoch
         start = (number * self.world_size + self.rank) * self.batch_size
-        return Batch(epoch, number, self._order[start : start + self.batch_size].tolist())
+        share = slice(start, start + self.batch_size)
+        return Batch(epoch, number, self._order[share].tolist(), self._repetitions[share].tolist())
+
+    def _balanced(self, rng: np.random.Generator) -> np.ndarray:
+        """As many images as there are and, give or take one, as many of each class, all before one comes again."""
+        assert self.classes is not None
+        share, surplus = divmod(self.n_images, len(self.classes))
+        chosen = []
+        for place, images in zip(rng.permutation(len(self.classes)), self.classes, strict=True):
+            count = share + int(place < surplus)
+            rounds = [rng.permutation(images) for _ in range(-(-count // len(images)))]
+            chosen.append(np.concatenate([images[:0], *rounds])[:count])
+        return np.concatenate(chosen)
 
     def __iter__(self) -> Iterator[Batch]:
         for number in range(self.first, len(self)):
             yield self.batch(self.epoch, number)
+
+
+def _by_class(targets: np.ndarray) -> list[np.ndarray]:
+    """The indices of each class's images."""
+    order = np.argsort(targets, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(targets[order])) + 1)
+
+
+def count_earlier(values: np.ndarray) -> np.ndarray:
+    """For each value how often it came before."""
+    order = np.argsort(values, kind="stable")
+    first = np.searchsorted(values, values, sorter=order)  # the place of each value's first in that order
+    earlier = np.empty_like(first)
+    earlier[order] = np.arange(len(values)) - first[order]
+    return earlier
 
 
 def eval_batches(n_images: int, batch_size: int, rank: int, world_size: int) -> BatchSampler:
@@ -142,12 +185,12 @@ class TrainDataset(EvalDataset):
     ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
         samples: list[tuple[Any, int]] = []
         unreadable: list[str] = []
-        for index in batch.indices:
+        for index, repetition in zip(batch.indices, batch.repetitions, strict=True):
             nearby = ((index + step) % len(self.source) for step in range(MAX_REPLACEMENTS))
             sample = next((sample for i in nearby if (sample := self.read(i, unreadable))), None)
             if sample is None:
                 return *_collate([]), unreadable
-            seed_all(self.seed, "image", batch.epoch, index)
+            seed_all(self.seed, "image", batch.epoch, index, *([repetition] if repetition else []))
             samples.append((self.transform(sample[0]), sample[1]))
         if self.mixup is None:
             return *_collate(samples), unreadable

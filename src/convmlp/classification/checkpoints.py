@@ -137,7 +137,8 @@ def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
 
     All processes take part; the primary writes it.
     """
-    best = trainer.history[trainer.best_epoch] if trainer.history else None
+    history = trainer.history
+    best = history.rows[history.best_epoch] if history.rows else None
     state: dict[str, Any] = {
         "arch": trainer.options.model,
         "epoch": trainer.epoch,
@@ -150,8 +151,9 @@ def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
         **trainer.task.get_checkpoint_state(),
         **(trainer.task.get_checkpoint_state(ema=True) if trainer.task.has_ema() else {}),
         "optimizer": trainer.optimizer.state_dict(),
-        "history": trainer.history,
-        "best": best and {"epoch": trainer.best_epoch, "value": trainer.metric(best)},
+        "history": history.rows,
+        "best": best and {"epoch": history.best_epoch, "value": history.figure(best)},
+        "eval_metric": history.metric,
         "class_names": trainer.class_names,
         "data_config": dict(trainer.data_config),
         "args": trainer.options.stored(),
@@ -182,10 +184,12 @@ def restore(trainer: "Trainer", path: Path, state: dict[str, Any]) -> None:
         raise RunError(f"{path} does not fit this run: {one_line(error)}") from error
     if trainer.scaler.is_enabled() and "scaler" in state:
         trainer.scaler.load_state_dict(state["scaler"])
-    trainer.updates, trainer.skipped, trainer.history = state["updates"], state["skipped"], state["history"]
+    trainer.updates, trainer.skipped = state["updates"], state["skipped"]
+    history = trainer.history
+    history.rows = state["history"]
     # best.pth holds this epoch, so later ones are compared with it, by the metric that is asked for now
     best = state["best"]["epoch"] if state.get("best") else 0
-    trainer.best_epoch = best if best in range(len(trainer.history)) else 0
+    history.best_epoch = best if best in range(len(history.rows)) else 0
     if state["evaluated"]:
         trainer.epoch, trainer.batch = state["epoch"] + 1, 0
         trainer.updates = trainer.epoch * trainer.updates_per_epoch  # which another batch size may have changed
@@ -195,8 +199,8 @@ def restore(trainer: "Trainer", path: Path, state: dict[str, Any]) -> None:
         trainer.loss_count = state["loss_counts"][trainer.process.rank]
     if trainer.scheduler:
         trainer.scheduler.step_update(trainer.updates)
-        for row in trainer.history:  # plateau is a function of the metrics so far
-            trainer.scheduler.step(int(row["epoch"]) + 1, trainer.metric(row))
+        for row in history.rows:  # plateau is a function of the metrics so far
+            trainer.scheduler.step(int(row["epoch"]) + 1, history.figure(row))
     _logger.info(f"resuming from {path}: epoch {trainer.epoch}, batch {trainer.batch}")
 
 
@@ -211,15 +215,18 @@ def _check_same_run(
     for key, ours in {"arch": options.model, "class_names": list(class_names)}.items():
         if state[key] != ours:
             raise RunError(f"{path} is of another run: its {key} is {state[key]}, here it is {ours}")
-    args, now = state["args"], options.stored()
-    changed = [key for key in now if args.get(key) != now[key] and key not in MAY_CHANGE_SILENTLY]
+    now = options.stored()
+    args = Options().stored() | state["args"]  # older versions did not have all options
+    if now["eval_metric"] == "auto":  # which keeps what the run had
+        args["eval_metric"] = "auto"
+    changed = [key for key in now if args[key] != now[key] and key not in MAY_CHANGE_SILENTLY]
     if state["batch"] > 0 and not state["evaluated"]:
         moved = ", ".join(key for key in MUST_AGREE_WITHIN_AN_EPOCH if key in changed)
         if moved or state["world_size"] != world_size:
             what = moved or f"{state['world_size']} processes"
             raise RunError(f"{path} stands within an epoch and continues only with the same {what}")
     if changed:
-        words = "; ".join(f"{key} {args.get(key)} -> {now[key]}" for key in changed)
+        words = "; ".join(f"{key} {args[key]} -> {now[key]}" for key in changed)
         _logger.warning(f"resuming with changed options: {words}")
     if options.model_ema != ("state_dict_ema" in state):
         raise RunError(f"{path}: --model-ema cannot be switched on or off when resuming")

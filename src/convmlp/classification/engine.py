@@ -10,16 +10,18 @@ from typing import Any
 import torch
 import yaml
 
-from ..common.errors import RunError, plural
+from ..common.errors import RunError
 from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
 from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from . import report
 from .batches import seed_all
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
-from .evaluation import Predictions, evaluate, log_unreadable
+from .evaluation import Predictions, evaluate, figures_line, log_unreadable
 from .finite import NONFINITE
+from .history import choose_metric
 from .loaders import make_loader
+from .losses import build_loss, class_weights
 from .models import build_model, resolve_data_config
 from .options import parse_options
 from .probe import ProbeTrainer
@@ -27,7 +29,7 @@ from .process import start_process
 from .progress import ExternalLogs
 from .recipes import apply_recipe, fit_into_memory
 from .settings import Options
-from .sources import check_apart, check_classes, open_source, relabel
+from .sources import check_apart, check_classes, count_classes, open_source, relabel
 from .split import SPLIT, divide, write_split
 from .trainer import WRITTEN, Trainer
 
@@ -68,8 +70,11 @@ def train(options: Options, argv: list[str]) -> None:
     check_apart(train_source, val_source)
     class_names = check_classes(train_source, val_source, options)
     if options.recipe:
-        kept = resumed[1]["args"] if resumed else None
-        options = apply_recipe(options, argv, train_source, process, kept)
+        earlier = resumed[1]["args"] if resumed else None
+        options = apply_recipe(options, argv, train_source, process, earlier)
+    counts = count_classes(train_source, options, len(class_names))
+    criterion = build_loss(options, class_weights(options, class_names, counts))
+    metric = choose_metric(options, counts, resumed[1] if resumed else None)
     seed_all(options.seed, "initialisation")
     model = build_model(options, options, class_names, process).to(process.device)
     data_config = resolve_data_config(options, model)
@@ -80,8 +85,8 @@ def train(options: Options, argv: list[str]) -> None:
         make_loader(source, options, data_config, process, len(class_names), train)
         for source, train in ((train_source, not probes), (val_source, False))
     )
-    kind = ProbeTrainer if probes else Trainer
-    trainer = kind(options, process, folder, model, train_loader, val_loader, class_names, data_config)
+    parts = (model, train_loader, val_loader, class_names, data_config, criterion, metric)
+    trainer = (ProbeTrainer if probes else Trainer)(options, process, folder, *parts)
     if resumed:
         restore(trainer, *resumed)
     if not process.primary:
@@ -125,17 +130,14 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictions = Predictions(len(class_names), loader.n_own)
-    metrics = evaluate(model, loader, options, process, predictions)
+    metrics = evaluate(model, loader, len(class_names), options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:
         folder = run_folder(options)
         make_folder(folder)
         predictions.write(folder, class_names, data_config)
         _logger.info(report.per_class_table(predictions.confusion, class_names))
-        _logger.info(
-            f"{path}: top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %  loss {metrics['loss']:.4f}"
-            f"  on {plural(predictions.confusion.sum(), 'image')}\nimages and per_class.csv: {folder}"
-        )
+        _logger.info(f"{path}: {figures_line(metrics, predictions)}\nimages and per_class.csv: {folder}")
 
 
 def run_folder(options: Options) -> Path:

@@ -1,11 +1,13 @@
 """Evaluation of a classifier: figures over all processes, confusion counts, images worth showing."""
 
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.task import ClassificationEvaluator
 from torch import nn
@@ -23,6 +25,45 @@ from .settings import Machine
 _logger = logging.getLogger(__name__)
 
 N_SHOWN = 20  # mistakes, and as many right answers
+
+
+class Evaluator(ClassificationEvaluator):
+    """timm's figures, and the mean recall and the mean F1 of the classes, all in per cent.
+
+    The means are scikit-learn's: of the recall over the classes that have images, of F1 over those that have images or
+    are predicted.
+    """
+
+    def __init__(self, num_classes: int, device: torch.device):
+        super().__init__(device=device)
+        # of each class the images, the predictions and the right ones, (3, num_classes)
+        self.by_class = torch.zeros(3, num_classes, dtype=torch.int64, device=device)
+
+    def update(self, logits: torch.Tensor, targets: torch.Tensor) -> None:
+        """Count a batch: logits (b, num_classes), targets (b,)."""
+        super().update(logits, targets)
+        predicted = logits.argmax(1)
+        ones = torch.ones_like(targets)
+        for counts, classes, each in zip(
+            self.by_class, (targets, predicted, targets), (ones, ones, predicted == targets), strict=True
+        ):
+            counts.scatter_add_(0, classes, each.long())  # bincount would wait for a GPU
+
+    def compute(self, distributed: bool = False) -> dict[str, float]:
+        """All figures; `predicted_classes` is how many classes are predicted at all."""
+        counts = self.by_class.clone()
+        if distributed:
+            dist.all_reduce(counts)
+        images, predicted, right = counts.cpu().numpy()
+        recall = right[images > 0] / images[images > 0]
+        seen = images + predicted > 0
+        f1 = 2 * right[seen] / (images + predicted)[seen]
+        return {
+            **super().compute(distributed),
+            "balanced_accuracy": 100 * float(recall.mean()) if len(recall) else math.nan,
+            "macro_f1": 100 * float(f1.mean()) if len(f1) else math.nan,
+            "predicted_classes": int((predicted > 0).sum()),
+        }
 
 
 class Predictions:
@@ -89,18 +130,19 @@ class FullBatches(nn.Module):
 def evaluate(
     model: nn.Module,
     loader: Loader,
+    num_classes: int,
     machine: Machine,
     process: Process,
     predictions: Predictions | None = None,
     desc: str = "evaluating",
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """loss, top1 and top5 (in per cent) over the images of all processes, each counted once.
+    """The figures of `Evaluator` over the images of all processes, each counted once.
 
     With `stop`, nothing as soon as a process was asked to stop.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device=process.device)
+    evaluator = Evaluator(num_classes, process.device)
     amp_dtype = resolve_amp_dtype(machine.amp_dtype, process.device) if machine.amp else None
     hidden = None if process.primary else True
     for images, targets in tqdm(loader, desc=desc, disable=hidden, leave=False, unit="batch"):
@@ -120,7 +162,17 @@ def evaluate(
     if not sum(process.gather(int(evaluator.counts[0]))):
         first = f": {loader.unreadable[0]}" if loader.unreadable else ""
         raise RunError(f"not one validation image could be read{first}")
-    return dict(evaluator.compute(distributed=process.distributed))
+    return evaluator.compute(distributed=process.distributed)
+
+
+def figures_line(metrics: dict[str, float], predictions: Predictions) -> str:
+    """What the log says of an evaluation."""
+    images, right = predictions.confusion.sum(), np.trace(predictions.confusion)
+    return (
+        f"top-1 {metrics['top1']:.2f} % ({right} of {plural(images, 'image')}), top-5 {metrics['top5']:.2f} %, "
+        f"balanced accuracy {metrics['balanced_accuracy']:.2f} %, macro F1 {metrics['macro_f1']:.2f} %, "
+        f"loss {metrics['loss']:.4f}"
+    )
 
 
 def log_unreadable(loader: Loader, process: Process) -> None:

@@ -74,7 +74,8 @@ class IndexedLoader:
         transform = _create_transform(options, data_config, train)
         self.batches: TrainBatches | BatchSampler
         if train:
-            self.batches = TrainBatches(len(source), options.batch_size, options.seed, *share)
+            targets = source.targets() if options.balanced_sampling else None
+            self.batches = TrainBatches(len(source), options.batch_size, options.seed, *share, targets=targets)
             self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,

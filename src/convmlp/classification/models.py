@@ -1,4 +1,4 @@
-"""The model of a classification run, its starting weights, its loss, its optimizer and its schedule."""
+"""The model of a classification run, its starting weights, its teacher, its optimizer and its schedule."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config as resolve_by_timm
-from timm.loss import create_classification_loss
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -68,21 +67,11 @@ def resolve_data_config(images: Images, model: TimmModel) -> DataConfig:
     return data_config
 
 
-class _Float32Loss(nn.Module):
-    """A loss of float32 logits: autocast on a CPU would compute it in bfloat16."""
-
-    def __init__(self, loss: nn.Module):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.loss(logits.float(), targets)
-
-
-def build_task(options: Options, model: nn.Module, class_names: Sequence[str], process: Process) -> Task:
+def build_task(
+    options: Options, model: nn.Module, criterion: nn.Module, class_names: Sequence[str], process: Process
+) -> Task:
     """The model with its loss, and the teacher's if there is one."""
     device = process.device
-    criterion = _Float32Loss(create_classification_loss(smoothing=options.smoothing, soft_targets=options.mixes))
     if not options.kd_model:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     teacher = _build_teacher(options.kd_model, options, class_names, process)
@@ -124,12 +113,16 @@ def build_optimizer(options: Options, model: nn.Module, device: torch.device) ->
         raise RunError(f"--opt {options.opt}: {error}") from error
 
 
-def build_schedule(options: Options, optimizer: torch.optim.Optimizer, updates_per_epoch: int) -> tuple[Any, int]:
+def build_schedule(
+    options: Options, metric: str, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Any, int]:
     """timm's learning rate scheduler, None for --sched none, and the epochs with those of the cool-down.
 
-    Its rate changes with each update; that of plateau, which follows the metrics, with each epoch.
+    Its rate changes with each update; that of plateau, which follows the metric, with each epoch.
     """
-    settings = scheduler_kwargs(options) | {"step_on_epochs": options.sched == "plateau"}
+    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {
+        "step_on_epochs": options.sched == "plateau"
+    }
     try:
         return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except ValueError as error:

@@ -84,7 +84,8 @@ def epoch_line(row: dict[str, float], epochs: int, pace: str, seconds: float) ->
     time_left = tqdm.format_interval((epochs - epoch - 1) * seconds)
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
-        f"top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  lr {row['lr']:.1e}  {pace}  "
+        f"top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  "
+        f"balanced {row['eval_balanced_accuracy']:.2f}  F1 {row['eval_macro_f1']:.2f}  lr {row['lr']:.1e}  {pace}  "
         f"{seconds:.0f} s, {time_left} left"
     )
 

@@ -24,8 +24,9 @@ class Prediction(NamedTuple):
 
 
 def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
-    """summary.csv: a row an epoch."""
-    _write_csv(path, list(history[0]), [list(row.values()) for row in history])
+    """summary.csv: a row an epoch; what older rows lack is left empty."""
+    titles = list(history[-1] | history[0])
+    _write_csv(path, titles, [[row.get(title, "") for title in titles] for row in history])
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:

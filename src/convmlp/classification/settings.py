@@ -140,6 +140,7 @@ class Data(Group):
     target_key: str | None = option(None, "label field of an hfds or wds dataset", "NAME")
     train_num_samples: int | None = option(None, "images in a wds training set that does not say so itself", "N")
     val_num_samples: int | None = option(None, "likewise for validation", "N")
+    balanced_sampling: bool = option(False, "draw the classes equally often, and as many images an epoch as there are")
     on_bad_image: Literal["skip", "stop"] = option("skip", "an unreadable image is named and skipped")
     workers: int | None = option(None, "loader processes; by default its cores, up to 8", "N", NOT_NEGATIVE, flags="-j")
     pin_mem: bool = option(True, "pinned memory for copies to a GPU")
@@ -238,6 +239,11 @@ class Optimizer(Group):
     clip_grad: float | None = option(None, "clip gradients", "X", POSITIVE)
     clip_mode: Literal["norm", "value", "agc"] = option("norm")
     smoothing: float = option(0.1, "label smoothing", range=BELOW_ONE)
+    class_weights: str | None = option(
+        None,
+        "weights of the classes in the loss: auto, by inverse frequency, or a file of lines class,weight",
+        "auto|FILE",
+    )
     model_ema: bool = option(False, "keep and evaluate a moving average of the weights")
     model_ema_decay: float = option(0.9998, range=BELOW_ONE)
     model_ema_warmup: bool = option(False, "let the decay rise to its value")
@@ -286,7 +292,9 @@ class Records(Group):
         0, "leave out up to N updates with NaN or infinity; by default the first ends the run", "N", NOT_NEGATIVE
     )
     log_interval: int = option(50, "log lines where there is no terminal", "STEPS", POSITIVE)
-    eval_metric: Literal["top1", "top5", "loss"] = option("top1", "what makes a checkpoint the best")
+    eval_metric: Literal["auto", "top1", "top5", "balanced_accuracy", "macro_f1", "loss"] = option(
+        "auto", "what makes a checkpoint the best; auto: balanced_accuracy if the classes are uneven, else top1"
+    )
     log_tensorboard: bool = option(False)
     log_wandb: bool = option(False)
     wandb_project: str | None = option(None, "", "NAME")
@@ -313,10 +321,16 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
         has_keys = self.streamed or self.dataset.lower().startswith("hfds/")
         rule = "--input-key and --target-key are for hfds and wds"
         require(has_keys or not (self.input_key or self.target_key), rule)
-        for name, off in (("checkpoint_interval", 0), ("mixup_off_epoch", 0), ("on_bad_image", "skip")):
+        unstreamed = {
+            "checkpoint_interval": 0,
+            "mixup_off_epoch": 0,
+            "on_bad_image": "skip",
+            "balanced_sampling": False,
+        }
+        for name, off in unstreamed.items():
             value = getattr(self, name)
-            rule = f"{flag_of(name)} {value} does not work with streamed data"
-            require(not self.streamed or value == off, rule)
+            given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
+            require(not self.streamed or value == off, f"{given} does not work with streamed data")
 
     def stored(self) -> dict[str, Any]:
         """What args.yaml and checkpoints keep: plain values that make a config again."""

@@ -40,7 +40,7 @@ class Source:
         self.title = title
         names = getattr(data, "classes", None) if classes is None else classes
         if names is None:
-            targets = next((getattr(data, n) for n in ("targets", "labels", "_labels") if hasattr(data, n)), None)
+            targets = self._data_targets()
             names = [] if targets is None else range(int(max(targets)) + 1)
         self.class_names = [" ".join(name) if isinstance(name, tuple) else str(name) for name in names]
         self.numbers: list[int] = []  # of the classes, if not those of the data
@@ -78,6 +78,21 @@ class Source:
 
     def title_of(self, index: int) -> str:
         return f"{self.title} image {index}"
+
+    def targets(self) -> np.ndarray | None:
+        """The number of the class of every image, (n,), without reading one; None where the data does not tell."""
+        targets = self._data_targets()
+        if targets is None or targets.shape != (len(self),):
+            return None
+        return np.asarray(self.numbers)[targets] if self.numbers else targets
+
+    def _data_targets(self) -> np.ndarray | None:
+        """The numbers that the data gives to the classes of its images."""
+        if isinstance(self.data, list):
+            return np.array([target for _, target in self.data])
+        names = ("targets", "labels", "_labels")  # of torchvision's datasets
+        found = next((getattr(self.data, name) for name in names if hasattr(self.data, name)), None)
+        return None if found is None else np.asarray(found)
 
 
 class FileSource(Source):
@@ -119,6 +134,13 @@ class ReaderSource(Source):
 
     def title_of(self, index: int) -> str:
         return str(self.data.filename(index, absolute=True))
+
+    def _data_targets(self) -> np.ndarray:
+        if hasattr(self.data, "iter_targets"):  # of Hugging Face datasets
+            return np.array([*self.data.iter_targets()])
+        if hasattr(self.data, "targets"):  # of tar files
+            return np.asarray(self.data.targets)
+        return np.array([target for _, target in self.data.samples])
 
 
 def _digits(train: bool) -> Source:
@@ -267,6 +289,20 @@ def check_apart(train: Any, val: Any) -> None:
             f"the training and the validation data share {plural(len(shared), 'file')}, the first is {shared[0]}; "
             "what is trained on cannot validate"
         )
+
+
+def count_classes(source: Source | IterableImageDataset, options: Options, num_classes: int) -> np.ndarray | None:
+    """How many training images each class has, (num_classes,); None where the data does not tell.
+
+    Raises:
+        RunError: the data does not tell, and an option needs it.
+    """
+    targets = source.targets() if isinstance(source, Source) else None
+    needs = {"--class-weights auto": options.class_weights == "auto", "--balanced-sampling": options.balanced_sampling}
+    for name, needed in needs.items():
+        if needed and targets is None:
+            raise RunError(f"{name}: --dataset {options.dataset} does not tell the classes of its images beforehand")
+    return None if targets is None else np.bincount(targets, minlength=num_classes)
 
 
 def relabel(source: Any, class_names: list[str], path: str) -> Any:

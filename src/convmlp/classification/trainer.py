@@ -10,7 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import NoReturn
 
-import numpy as np
 import torch
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
@@ -23,8 +22,9 @@ from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .batches import seed_all
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
-from .evaluation import FullBatches, Predictions, evaluate, log_unreadable
+from .evaluation import FullBatches, Predictions, evaluate, figures_line, log_unreadable
 from .finite import FiniteCheck, find_nonfinite
+from .history import History
 from .loaders import DataConfig, Loader
 from .models import build_optimizer, build_schedule, build_task
 from .process import Process
@@ -50,6 +50,8 @@ class Trainer:
     val_loader: Loader
     class_names: list[str]
     data_config: DataConfig
+    criterion: nn.Module
+    metric: str  # what makes an epoch the best
 
     def __post_init__(self) -> None:
         options, process, model = self.options, self.process, self.model
@@ -62,7 +64,7 @@ class Trainer:
         self._prepare_task()
         self.optimizer = build_optimizer(options, model, process.device)
         self.updates_per_epoch = -(-len(self.train_loader) // options.grad_accum_steps)
-        self.scheduler, self.epochs = build_schedule(options, self.optimizer, self.updates_per_epoch)
+        self.scheduler, self.epochs = build_schedule(options, self.metric, self.optimizer, self.updates_per_epoch)
 
         self.epoch = 0
         self.batch = 0  # batches of this epoch that are trained on
@@ -75,8 +77,7 @@ class Trainer:
         self.finite = FiniteCheck(self.folder, self.train_loader, process.rank)
         self.saved_at = time.monotonic()
         self.estimated = False  # how long the run will take
-        self.history: list[dict[str, float]] = []
-        self.best_epoch = 0  # the one that best.pth holds
+        self.history = History(self.metric, averaged=self.task.has_ema())
 
     def _prepare_task(self) -> None:
         """The model with its loss, its average, compiled and distributed as the options ask."""
@@ -87,7 +88,7 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.task = build_task(options, model, self.class_names, process)
+        self.task = build_task(options, model, self.criterion, self.class_names, process)
         if options.model_ema:
             self.average = self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
         if options.compile:
@@ -108,8 +109,8 @@ class Trainer:
             f"{self.process.world_size} x {self.process.device.type}, {precision}, {plural(self.epochs, 'epoch')} of "
             f"{plural(len(self.train_loader), 'batch')}, output in {self.folder}"
         )
-        if logs and self.history:
-            report.write_summary(self.folder / "summary.csv", self.history)
+        if logs and self.history.rows:
+            report.write_summary(self.folder / "summary.csv", self.history.rows)
         if self.epoch >= self.epochs:
             _logger.info("the run is already complete")
         try:
@@ -130,8 +131,8 @@ class Trainer:
             self._save_and_stop()
         self.save(evaluated=True)
         if logs:
-            report.write_summary(self.folder / "summary.csv", self.history)
-            report.write_curves(self.folder / "curves.png", self.history)
+            report.write_summary(self.folder / "summary.csv", self.history.rows)
+            report.write_curves(self.folder / "curves.png", self.history.rows)
             logs.write(row)
             _logger.info(epoch_line(row, self.epochs, pace, time.perf_counter() - start))
         self.epoch, self.batch = self.epoch + 1, 0
@@ -268,29 +269,23 @@ class Trainer:
         for prefix, model in {"eval_": self.eval_model, "eval_ema_": self.average}.items():
             if model is None:
                 continue
-            values = evaluate(model, self.val_loader, self.options, self.process, desc=prefix, stop=self.stop)
+            values = evaluate(
+                model,
+                self.val_loader,
+                len(self.class_names),
+                self.options,
+                self.process,
+                desc=prefix,
+                stop=self.stop,
+            )
             if not values:
                 return None
             row |= {prefix + name: value for name, value in values.items()}
         row["lr"] = self._lr()
-        self.history.append(row)
-        if self._quality(row) > self._quality(self.history[self.best_epoch]):
-            self.best_epoch = self.epoch
+        self.history.add(row)
         if self.scheduler:
-            self.scheduler.step(self.epoch + 1, self.metric(row))
+            self.scheduler.step(self.epoch + 1, self.history.figure(row))
         return row
-
-    def metric(self, row: dict[str, float], name: str = "") -> float:
-        """A figure of an epoch, by default that of --eval-metric: of the averaged weights where they are kept."""
-        prefix = "eval_ema_" if self.task.has_ema() else "eval_"
-        return row[prefix + (name or self.options.eval_metric)]
-
-    def _quality(self, row: dict[str, float]) -> tuple[bool, float, float]:
-        """What makes an epoch better: a figure at all, a better one, and of equal ones the lower validation loss."""
-        metric, loss = self.metric(row), self.metric(row, "loss")
-        if math.isnan(metric):
-            return False, 0, 0
-        return True, -metric if self.options.eval_metric == "loss" else metric, -math.inf if math.isnan(loss) else -loss
 
     def _lr(self) -> float:
         return max(group["lr"] for group in self.optimizer.param_groups)
@@ -303,7 +298,7 @@ class Trainer:
             if name:
                 raise Diverged(f"{name} is not finite after update {self.updates}; {self._last_good()}")
         if self.process.primary:
-            if evaluated and self.best_epoch == self.epoch:  # before last.pth, which speaks of it
+            if evaluated and self.history.best_epoch == self.epoch:  # before last.pth, which speaks of it
                 write_checkpoint(self.folder / BEST, {key: v for key, v in state.items() if key != "optimizer"})
             write_last(self.folder, state)
         self.saved_at = time.monotonic()
@@ -336,13 +331,18 @@ class Trainer:
             weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
         self.process.broadcast(weights)
         predictions = Predictions(len(self.class_names), self.val_loader.n_own)
-        metrics = evaluate(model, self.val_loader, self.options, self.process, predictions, desc="evaluating the best")
+        metrics = evaluate(
+            model,
+            self.val_loader,
+            len(self.class_names),
+            self.options,
+            self.process,
+            predictions,
+            desc="evaluating the best",
+        )
         for loader in (self.train_loader, self.val_loader):
             log_unreadable(loader, self.process)
         if self.process.primary:
             predictions.write(self.folder, self.class_names, self.data_config)
-            _logger.info(
-                f"best epoch {self.best_epoch}: top-1 {metrics['top1']:.2f} % ({np.trace(predictions.confusion)} of "
-                f"{plural(predictions.confusion.sum(), 'image')}), top-5 {metrics['top5']:.2f} %, loss "
-                f"{metrics['loss']:.4f}\n{self.folder}: {', '.join(WRITTEN)}"
-            )
+            figures = figures_line(metrics, predictions)
+            _logger.info(f"best epoch {self.history.best_epoch}: {figures}\n{self.folder}: {', '.join(WRITTEN)}")
