@@ -1,11 +1,14 @@
 """Models of a run: their starting weights, their teachers, their arguments."""
 
 import csv
+from itertools import pairwise
 
 import pytest
 import torch
 
 from convmlp import ConvMLP, convmlp_s
+from convmlp.classification.models import build_schedule
+from convmlp.classification.options import parse_options
 
 from .conftest import ROOT
 
@@ -89,6 +92,43 @@ def test_options_reach_a_run_that_learns_something(run, arguments):
     assert code == 0, said
     rows = rows_of(folder)
     assert len(rows) == 2 and float(rows[1]["train_loss"]) != float(rows[0]["train_loss"])
+
+
+def rates(updates_per_epoch, *arguments):
+    """The learning rate of each update of a run and the one after them, and its epochs."""
+    options = parse_options([*arguments, "--lr", "0.1", "--min-lr", "0.001", "--warmup-lr", "0.0001"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
+    scheduler, epochs = build_schedule(options, "top1", optimizer, updates_per_epoch)
+    values = [optimizer.param_groups[0]["lr"]]
+    for update in range(1, epochs * updates_per_epoch + 1):
+        scheduler.step_update(update)
+        values.append(optimizer.param_groups[0]["lr"])
+    return values, epochs
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly"])
+def test_the_rate_joins_the_schedule_without_a_jump_and_ends_at_its_end(sched):
+    arguments = ["--epochs", "10", "--warmup-epochs", "4", "--sched", sched, "--decay-rate", "1"]
+    values, epochs = rates(20, *arguments)
+    assert epochs == 14 and values[0] == 0.0001 and values[-1] == pytest.approx(0.001)
+    assert max(values) == pytest.approx(0.1, rel=0.01) and values.index(max(values)) in (79, 80, 81)
+    assert max(abs(a - b) for a, b in pairwise(values)) < 0.003
+    values, epochs = rates(20, *arguments, "--no-warmup-prefix")
+    assert epochs == 10 and max(abs(a - b) for a, b in pairwise(values)) > 0.01
+
+
+def test_a_warm_up_that_is_too_long_is_shortened_with_a_word(caplog):
+    values, epochs = rates(2, "--epochs", "10", "--warmup-epochs", "12")
+    assert "--warmup-epochs 12 is not shorter than --epochs 10: the warm-up takes 2 epochs" in caplog.text
+    assert epochs == 12 and values.index(max(values)) == 4
+    caplog.clear()
+    assert rates(2, "--epochs", "10", "--warmup-epochs", "9")[1] == 19 and not caplog.text
+
+
+def test_without_a_schedule_there_is_no_warm_up(caplog):
+    options = parse_options(["--sched", "none", "--epochs", "3"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert build_schedule(options, "top1", optimizer, 2) == (None, 3) and not caplog.text
 
 
 def test_arguments_of_the_model_are_kept_with_it(run):

@@ -243,6 +243,7 @@ def test_a_resumed_run_keeps_its_metric_unless_another_is_given(run, uneven):
 def test_a_run_of_an_older_version_goes_on_with_what_it_recorded(run, earlier):
     state = read(earlier / "last.pth")
     del state["eval_metric"]
+    del state["args"]["warmup_prefix"]
     state["args"]["eval_metric"] = "top5"
     for row in state["history"]:
         for name in ("eval_balanced_accuracy", "eval_macro_f1", "eval_predicted_classes"):
@@ -250,6 +251,7 @@ def test_a_run_of_an_older_version_goes_on_with_what_it_recorded(run, earlier):
     torch.save(state, earlier / "last.pth")
     code, said, folder = run("--resume", "auto", "--epochs", "3")
     assert code == 0 and "resuming with changed options: epochs 2 -> 3\n" in said, said
+    assert read(folder / "last.pth")["args"]["warmup_prefix"] is False
     assert read(folder / "last.pth")["eval_metric"] == "top5"
     assert [bool(row["eval_macro_f1"]) for row in rows_of(folder)] == [False, False, True]
     code, said, folder = run("--resume", "auto", "--epochs", "4", "--eval-metric", "macro_f1")

@@ -16,7 +16,7 @@ from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from . import report
 from .batches import seed_all
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, as_begun, find_newest, read_training_checkpoint, restore
 from .evaluation import Predictions, evaluate, figures_line, log_unreadable
 from .finite import NONFINITE
 from .history import choose_metric
@@ -51,6 +51,8 @@ def train(options: Options) -> None:
         options = replace(options, resume="auto", overwrite=False)
     lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
+    if resumed:
+        options = as_begun(options, resumed[1])
     ExternalLogs.check(options)
     with process.first_on_machine():
         train_source, val_source = open_source(options, train=True), open_source(options, train=False)

@@ -1,5 +1,6 @@
 """The model of a classification run, its starting weights, its teacher, its optimizer and its schedule."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,12 +12,14 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
-from ..common.errors import CheckpointError, RunError, one_line
+from ..common.errors import CheckpointError, RunError, one_line, plural
 from ..timm_models import TimmModel, check_name, create_timm_model, has_fixed_size, load_weights, per_channel
 from ..weights import read_checkpoint
 from .loaders import DataConfig
 from .process import Process
 from .settings import Images, Model, Options
+
+_logger = logging.getLogger(__name__)
 
 Task = ClassificationTask | LogitDistillationTask
 
@@ -120,9 +123,14 @@ def build_schedule(
 
     Its rate changes with each update; that of plateau, which follows the metric, with each epoch.
     """
-    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {
-        "step_on_epochs": options.sched == "plateau"
-    }
+    warmup = 0 if options.sched == "none" else options.shortened_warmup
+    if options.sched != "none" and warmup < options.warmup_epochs:
+        _logger.warning(
+            f"--warmup-epochs {options.warmup_epochs} is not shorter than --epochs {options.epochs}: the warm-up takes "
+            f"{plural(warmup, 'epoch')}"
+        )
+    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {"warmup_epochs": warmup}
+    settings |= {"step_on_epochs": options.sched == "plateau"}
     try:
         return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except ValueError as error:
