@@ -110,7 +110,7 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictions = Predictions(len(class_names), loader.n_own)
-    metrics = evaluate(model, loader, len(class_names), options, process, predictions)
+    metrics = evaluate(model, loader, options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:
         folder = run_folder(options)

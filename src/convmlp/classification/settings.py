@@ -210,6 +210,7 @@ class Schedule(Group):
     warmup_lr: float = option(1e-6, range=NOT_NEGATIVE)
     warmup_epochs: int = option(5, "the rate rises; a fifth of --epochs if not shorter than these", "N", NOT_NEGATIVE)
     warmup_prefix: bool = option(True, "the schedule begins after the warm-up, whose epochs come on top of --epochs")
+    early_stop: int = option(0, "end after N epochs without a better --eval-metric; 0 never", "N", NOT_NEGATIVE)
     cooldown_epochs: int = option(0, "epochs at --min-lr after the schedule", "N", NOT_NEGATIVE)
     patience_epochs: int = option(10, "for plateau", "N", NOT_NEGATIVE)
     decay_epochs: float = option(90, "for step, wsd, rsqrt", "N", POSITIVE)

@@ -109,11 +109,11 @@ class Trainer:
         )
         if logs and self.history.rows:
             report.write_summary(self.folder / "summary.csv", self.history.rows)
-        if self.epoch >= self.epochs:
-            _logger.info("the run is already complete")
+        if self._end():
+            _logger.info(f"the run is already complete: {self._end()}")
         try:
             with self.stop:
-                while self.epoch < self.epochs:
+                while not self._end():
                     self._run_epoch(logs)
         finally:
             if logs:
@@ -133,9 +133,22 @@ class Trainer:
             report.write_curves(self.folder / "curves.png", self.history.rows)
             logs.write(row)
             _logger.info(epoch_line(row, self.epochs, pace, time.perf_counter() - start))
+            if collapse := self.history.collapse(self.options):
+                _logger.warning(collapse)
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
         self.loss_count = 0
+        if self.epoch < self.epochs and self._end():
+            _logger.info(f"stopping early: {self._end()}")
+
+    def _end(self) -> str:
+        """Why the run is at its end, or ''."""
+        stale, patience = self.history.epochs_since_better(), self.options.early_stop
+        if self.epoch >= self.epochs:
+            return plural(self.epoch, "epoch")
+        if patience and stale >= patience:
+            return f"{plural(stale, 'epoch')} without a better {self.metric} (--early-stop {patience})"
+        return ""
 
     def train_epoch(self) -> tuple[float, str]:
         """The rest of this epoch; returns the mean loss of the whole epoch, and in words how fast it went."""
@@ -264,15 +277,7 @@ class Trainer:
         for prefix, model in {"eval_": self.eval_model, "eval_ema_": self.average}.items():
             if model is None:
                 continue
-            values = evaluate(
-                model,
-                self.val_loader,
-                len(self.class_names),
-                self.options,
-                self.process,
-                desc=prefix,
-                stop=self.stop,
-            )
+            values = evaluate(model, self.val_loader, self.options, self.process, desc=prefix, stop=self.stop)
             if not values:
                 return None
             row |= {prefix + name: value for name, value in values.items()}
@@ -326,15 +331,7 @@ class Trainer:
             weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
         self.process.broadcast(weights)
         predictions = Predictions(len(self.class_names), self.val_loader.n_own)
-        metrics = evaluate(
-            model,
-            self.val_loader,
-            len(self.class_names),
-            self.options,
-            self.process,
-            predictions,
-            desc="evaluating the best",
-        )
+        metrics = evaluate(model, self.val_loader, self.options, self.process, predictions, desc="evaluating the best")
         for loader in (self.train_loader, self.val_loader):
             log_unreadable(loader, self.process)
         if self.process.primary:
