@@ -4,11 +4,14 @@ import csv
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 
 from convmlp import ConvMLP, convmlp_s
-from convmlp.classification.models import build_schedule
+from convmlp.backbones import hold
+from convmlp.classification.models import build_schedule, first_stages
 from convmlp.classification.options import parse_options
+from convmlp.common.errors import RunError
 
 from .conftest import ROOT
 
@@ -92,6 +95,45 @@ def test_options_reach_a_run_that_learns_something(run, arguments):
     assert code == 0, said
     rows = rows_of(folder)
     assert len(rows) == 2 and float(rows[1]["train_loss"]) != float(rows[0]["train_loss"])
+
+
+def test_frozen_stages_stay_as_they_are_to_the_bit_and_the_others_learn(run, tmp_path):
+    torch.manual_seed(1)
+    source = ConvMLP(**KWARGS, num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "three.pth")
+    code, said, folder = run("--initial-checkpoint", str(tmp_path / "three.pth"), "--freeze", "3", "--drop", "0.1")
+    assert code == 0, said
+    weights = read(folder / "last.pth")["state_dict"]
+    for name, value in source.state_dict().items():
+        frozen = name.startswith(("tokenizer.", "conv_stages.", "stages.0."))
+        assert frozen == torch.equal(weights[name], value) or name.endswith("num_batches_tracked"), name
+    code, said, _ = run("--resume", "auto", "--freeze", "3", "--epochs", "3")
+    assert code == 0, said
+    code, said, _ = run("--resume", "auto", "--freeze", "1", "--epochs", "4")
+    assert code == 2 and "does not fit this run" in said
+
+
+def test_the_first_stages_are_the_parts_of_a_convmlp():
+    for count in range(6):
+        model = ConvMLP(**KWARGS).train()
+        hold(first_stages(model, count))
+        for number, part in enumerate(model.parts().values()):
+            assert {module.training for module in part.modules()} == {number >= count}
+            assert {weight.requires_grad for weight in part.parameters()} == {number >= count}
+        assert model.training and model.head.weight.requires_grad
+    with pytest.raises(RunError, match="--freeze 6: the model has 5 stages"):
+        first_stages(model, 6)
+
+
+def test_stages_of_other_models_are_frozen_with_their_statistics():
+    model = timm.create_model("test_resnet").train()
+    hold(first_stages(model, 2))
+    assert (
+        not next(model.conv1.parameters()).requires_grad and not model.bn1.training and not model.layer1[0].bn1.training
+    )
+    assert model.layer2[0].conv1.weight.requires_grad and model.layer2[0].bn1.training and model.fc.training
+    with pytest.raises(RunError, match="--freeze 1: Linear does not tell its stages"):
+        first_stages(torch.nn.Linear(1, 1), 1)
 
 
 def rates(updates_per_epoch, *arguments):

@@ -7,6 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_data_config as resolve_by_timm
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
@@ -57,6 +58,25 @@ def build_model(options: Model, images: Images, class_names: Sequence[str], proc
         path = options.initial_checkpoint
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     return model
+
+
+def first_stages(model: TimmModel, count: int) -> list[nn.Module | nn.Parameter]:
+    """The weights and modules of the first stages of a model: timm's coarse groups, which are the `parts` of ConvMLP.
+
+    Raises:
+        RunError: there are not so many, or the model does not tell its stages.
+    """
+    if not count:
+        return []
+    if not hasattr(model, "group_matcher"):
+        raise RunError(f"--freeze {count}: {type(model).__name__} does not tell its stages")
+    # In order from the input; what is in no stage, such as the head, comes last
+    *stages, _ = group_parameters(model, model.group_matcher(coarse=True), return_values=True).values()
+    if count > len(stages):
+        raise RunError(f"--freeze {count}: the model has {plural(len(stages), 'stage')}")
+    weights = {weight for stage in stages[:count] for weight in stage}
+    owned = {module: {*module.parameters()} for module in model.modules()}
+    return [*weights, *(module for module, own in owned.items() if own and own <= weights)]
 
 
 def resolve_data_config(images: Images, model: TimmModel) -> DataConfig:

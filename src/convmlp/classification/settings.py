@@ -153,6 +153,9 @@ class Model(Group):
     model: str = option("convmlp_s", "any timm model, ours among them", "NAME")
     pretrained: bool = option(False, "start from the published ImageNet weights")
     initial_checkpoint: str | None = option(None, "start from these weights; the head may have other classes", "FILE")
+    freeze: int = option(
+        0, "do not train the first N stages (ConvMLP: tokenizer, convolutions, ...)", "N", NOT_NEGATIVE
+    )
     drop: float = option(0.0, "dropout before the head", "P", BELOW_ONE)
     drop_path: float | None = option(None, "stochastic depth; by default the model's (ConvMLP 0.1)", "P", BELOW_ONE)
     gp: str | None = option(None, "global pooling: avg, max, avgmax", "POOL")

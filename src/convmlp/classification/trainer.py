@@ -15,6 +15,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..backbones import hold
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
@@ -26,7 +27,7 @@ from .evaluation import FullBatches, Predictions, evaluate, figures_line, log_un
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader
-from .models import build_optimizer, build_schedule, build_task
+from .models import build_optimizer, build_schedule, build_task, first_stages
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
@@ -86,6 +87,8 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.frozen = first_stages(model, options.freeze)
+        hold(self.frozen)
         self.task = build_task(options, model, self.criterion, self.class_names, process)
         if options.model_ema:
             self.average = self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
@@ -156,6 +159,7 @@ class Trainer:
         first, n_batches = self.batch, len(self.train_loader)
         check_interval = 1 if process.device.type == "cpu" else options.log_interval
         self.task.train()
+        hold(self.frozen)
         self.optimizer.zero_grad()
         self.train_loader.start(self.epoch, first)
         clock = Clock(options.batch_size * process.world_size)
