@@ -54,7 +54,7 @@ PHOTOGRAPHS = {
 SHOWN_TOGETHER = ("cat", "temple", "coffee", "flower")
 CROP, TRAIN_CROPS, VAL_CROPS = 96, 160, 20
 TRAINING = "--img-size 96 --crop-pct 1 --epochs 14 --warmup-epochs 2 --batch-size 32 --lr 4e-4 --amp --scale 0.4 1 "
-TRAINING += "--smoothing 0 --clip-grad 1 --seed 0 --resume auto"
+TRAINING += "--no-warmup-prefix --smoothing 0 --clip-grad 1 --seed 0 --resume auto"
 
 
 # The weights in accuracy.png

@@ -26,6 +26,14 @@ def check_choice(model: ConvMLP, out_indices: Sequence[int], frozen_stages: int)
         raise ValueError(f"frozen_stages must be between -1 and {parts - 1}, got {frozen_stages=}")
 
 
+def hold(parts: Iterable[nn.Module | nn.Parameter]) -> None:
+    """Leave parts of a model untrained: without gradients, dropout, or a change to BatchNorm's statistics."""
+    for part in parts:
+        part.requires_grad_(False)
+        if isinstance(part, nn.Module):
+            part.eval()
+
+
 class Freezable(nn.Module):
     """Mixin of a backbone whose first parts, or whose statistics of BatchNorm, stay as they are in training."""
 
@@ -40,15 +48,13 @@ class Freezable(nn.Module):
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
         self._parts = list(parts)
-        for part in self._parts[: frozen_stages + 1]:
-            part.requires_grad_(False)
+        hold(self._parts[: frozen_stages + 1])
         self.train(self.training)  # a new model may be trained without a call of this
 
     def train(self, mode: bool = True) -> "Freezable":
         super().train(mode)
         if mode:
-            for part in self._parts[: self.frozen_stages + 1]:
-                part.eval()
+            hold(self._parts[: self.frozen_stages + 1])
             for module in (module for part in self._parts for module in part.modules()):
                 if self.norm_eval and isinstance(module, _BatchNorm):
                     module.eval()

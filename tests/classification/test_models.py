@@ -1,11 +1,17 @@
 """Models of a run: their starting weights, their teachers, their arguments."""
 
 import csv
+from itertools import pairwise
 
 import pytest
+import timm
 import torch
 
 from convmlp import ConvMLP, convmlp_s
+from convmlp.backbones import hold
+from convmlp.classification.models import build_schedule, first_stages
+from convmlp.classification.options import parse_options
+from convmlp.common.errors import RunError
 
 from .conftest import ROOT
 
@@ -89,6 +95,85 @@ def test_options_reach_a_run_that_learns_something(run, arguments):
     assert code == 0, said
     rows = rows_of(folder)
     assert len(rows) == 2 and float(rows[1]["train_loss"]) != float(rows[0]["train_loss"])
+
+
+def test_frozen_stages_stay_as_they_are_to_the_bit_and_the_others_learn(run, tmp_path):
+    torch.manual_seed(1)
+    source = ConvMLP(**KWARGS, num_classes=3)
+    torch.save(source.state_dict(), tmp_path / "three.pth")
+    code, said, folder = run("--initial-checkpoint", str(tmp_path / "three.pth"), "--freeze", "3", "--drop", "0.1")
+    assert code == 0, said
+    weights = read(folder / "last.pth")["state_dict"]
+    for name, value in source.state_dict().items():
+        frozen = name.startswith(("tokenizer.", "conv_stages.", "stages.0."))
+        assert frozen == torch.equal(weights[name], value) or name.endswith("num_batches_tracked"), name
+    code, said, _ = run("--resume", "auto", "--freeze", "3", "--epochs", "3")
+    assert code == 0, said
+    code, said, _ = run("--resume", "auto", "--freeze", "1", "--epochs", "4")
+    assert code == 2 and "does not fit this run" in said
+
+
+def test_the_first_stages_are_the_parts_of_a_convmlp():
+    for count in range(6):
+        model = ConvMLP(**KWARGS).train()
+        hold(first_stages(model, count))
+        for number, part in enumerate(model.parts().values()):
+            assert {module.training for module in part.modules()} == {number >= count}
+            assert {weight.requires_grad for weight in part.parameters()} == {number >= count}
+        assert model.training and model.head.weight.requires_grad
+    with pytest.raises(RunError, match="--freeze 6: the model has 5 stages"):
+        first_stages(model, 6)
+
+
+def test_stages_of_other_models_are_frozen_with_their_statistics():
+    model = timm.create_model("test_resnet").train()
+    hold(first_stages(model, 2))
+    assert (
+        not next(model.conv1.parameters()).requires_grad and not model.bn1.training and not model.layer1[0].bn1.training
+    )
+    assert model.layer2[0].conv1.weight.requires_grad and model.layer2[0].bn1.training and model.fc.training
+    with pytest.raises(RunError, match="--freeze 1: Linear does not tell its stages"):
+        first_stages(torch.nn.Linear(1, 1), 1)
+
+
+def rates(updates_per_epoch, *arguments):
+    """The learning rate of each update of a run and the one after them, and its epochs."""
+    options = parse_options([*arguments, "--lr", "0.1", "--min-lr", "0.001", "--warmup-lr", "0.0001"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=options.lr)
+    scheduler, epochs = build_schedule(options, "top1", optimizer, updates_per_epoch)
+    values = [optimizer.param_groups[0]["lr"]]
+    for update in range(1, epochs * updates_per_epoch + 1):
+        scheduler.step_update(update)
+        values.append(optimizer.param_groups[0]["lr"])
+    return values, epochs
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly"])
+def test_the_rate_joins_the_schedule_without_a_jump_and_ends_at_its_end(sched):
+    arguments = ["--epochs", "10", "--warmup-epochs", "4", "--sched", sched, "--decay-rate", "1"]
+    values, epochs = rates(20, *arguments)
+    assert epochs == 14 and values[0] == 0.0001 and values[-1] == pytest.approx(0.001)
+    assert max(values) == pytest.approx(0.1, rel=0.01) and values.index(max(values)) in (79, 80, 81)
+    assert max(abs(a - b) for a, b in pairwise(values)) < 0.003
+
+
+def test_without_the_prefix_the_warm_up_hides_the_beginning_of_the_schedule():
+    values, epochs = rates(20, "--epochs", "10", "--warmup-epochs", "4", "--no-warmup-prefix")
+    assert epochs == 10 and values[79] - values[80] > 0.01 and values[-1] == pytest.approx(0.001)
+
+
+def test_a_warm_up_that_is_too_long_is_shortened_with_a_word(caplog):
+    values, epochs = rates(2, "--epochs", "10", "--warmup-epochs", "12")
+    assert "--warmup-epochs 12 is not shorter than --epochs 10: the warm-up takes 2 epochs" in caplog.text
+    assert epochs == 12 and values.index(max(values)) == 4
+    caplog.clear()
+    assert rates(2, "--epochs", "10", "--warmup-epochs", "9")[1] == 19 and not caplog.text
+
+
+def test_without_a_schedule_there_is_no_warm_up(caplog):
+    options = parse_options(["--sched", "none", "--epochs", "3"])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    assert build_schedule(options, "top1", optimizer, 2) == (None, 3) and not caplog.text
 
 
 def test_arguments_of_the_model_are_kept_with_it(run):

@@ -31,7 +31,6 @@ from convmlp.common.errors import RunError
         (["--dataset", "wds/", "--mixup-off-epoch", "5"], "--mixup-off-epoch 5 does not work with streamed data"),
         (["--dataset", "wds/", "--on-bad-image", "stop"], "--on-bad-image stop does not work with streamed data"),
         (["--dataset", "wds/", "--balanced-sampling"], "--balanced-sampling does not work with streamed data"),
-        (["--epochs", "5", "--warmup-epochs", "5"], "leaves nothing of --epochs 5"),
     ],
 )
 def test_bad_values_are_named_with_the_rule(arguments, message):
@@ -45,6 +44,13 @@ def test_a_group_is_checked_when_it_is_made_alone():
         Schedule(epochs=0)
     with pytest.raises(RunError, match=r"--std must be positive, got \[0.5, 0.0, 0.5\]"):
         Images(std=[0.5, 0.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("epochs", "warmup", "shortened"), [(1, 5, 0), (2, 2, 1), (5, 4, 4), (5, 5, 1), (50, 60, 10), (1, 0, 0)]
+)
+def test_a_warm_up_that_is_not_shorter_than_the_schedule_is_a_fifth_of_it(epochs, warmup, shortened):
+    assert Schedule(epochs=epochs, warmup_epochs=warmup).shortened_warmup == shortened
 
 
 def test_options_never_change():

@@ -167,13 +167,13 @@ def test_within_an_epoch_a_run_continues_with_the_same_batches_alone(run, earlie
 def evaluations(monkeypatch):
     """Lets the epochs of a run have these figures: evaluations([(top1, loss), ...])."""
 
-    def apply(figures):
+    def apply(figures, predicted_classes=3):
         figures = iter(figures)
 
         def evaluate(*arguments, predictions=None, desc="", **named):
             top1, loss = (0.0, 0.0) if desc == "evaluating the best" else next(figures)
             accuracies = {"top1": top1, "top5": 100.0, "balanced_accuracy": top1, "macro_f1": top1}
-            return accuracies | {"loss": loss, "predicted_classes": 3}
+            return accuracies | {"loss": loss, "predicted_classes": predicted_classes}
 
         monkeypatch.setattr("convmlp.classification.trainer.evaluate", evaluate)
 
@@ -243,6 +243,7 @@ def test_a_resumed_run_keeps_its_metric_unless_another_is_given(run, uneven):
 def test_a_run_of_an_older_version_goes_on_with_what_it_recorded(run, earlier):
     state = read(earlier / "last.pth")
     del state["eval_metric"]
+    del state["args"]["warmup_prefix"]
     state["args"]["eval_metric"] = "top5"
     for row in state["history"]:
         for name in ("eval_balanced_accuracy", "eval_macro_f1", "eval_predicted_classes"):
@@ -250,10 +251,29 @@ def test_a_run_of_an_older_version_goes_on_with_what_it_recorded(run, earlier):
     torch.save(state, earlier / "last.pth")
     code, said, folder = run("--resume", "auto", "--epochs", "3")
     assert code == 0 and "resuming with changed options: epochs 2 -> 3\n" in said, said
+    assert read(folder / "last.pth")["args"]["warmup_prefix"] is False
     assert read(folder / "last.pth")["eval_metric"] == "top5"
     assert [bool(row["eval_macro_f1"]) for row in rows_of(folder)] == [False, False, True]
     code, said, folder = run("--resume", "auto", "--epochs", "4", "--eval-metric", "macro_f1")
     assert code == 0 and read(folder / "last.pth")["best"]["epoch"] >= 2, said
+
+
+def test_a_run_stops_early_and_is_complete_then(run, evaluations):
+    evaluations([(50, 2.0), (60, 1.0), (60, 0.5), (55, 0.5), (99, 0.1)])
+    arguments = ["--epochs", "9", "--early-stop", "2"]
+    code, said, folder = run(*arguments)
+    assert code == 0 and "stopping early: 2 epochs without a better top1 (--early-stop 2)" in said
+    assert len(rows_of(folder)) == 4 and "best epoch 2:" in said
+    code, said, folder = run(*arguments, "--resume", "auto")
+    assert code == 0 and "already complete: 2 epochs without a better top1" in said and len(rows_of(folder)) == 4
+    code, said, folder = run("--epochs", "5", "--early-stop", "0", "--resume", "auto")
+    assert code == 0 and "complete" not in said and len(rows_of(folder)) == 5
+
+
+def test_a_model_that_predicts_one_class_is_said_to_learn_nothing(run, evaluations):
+    evaluations([(50, 2.0), (50, 2.0)], predicted_classes=1)
+    code, said, _ = run()
+    assert code == 0 and said.count("all validation images are taken for one class: nothing is being learned") == 1
 
 
 # Steps

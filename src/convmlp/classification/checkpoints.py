@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -165,6 +166,11 @@ def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
     return state
 
 
+def as_begun(options: Options, state: dict[str, Any]) -> Options:
+    """The options for a run to continue with; one that an older version began has the schedule of then."""
+    return options if "warmup_prefix" in state["args"] else replace(options, warmup_prefix=False)
+
+
 def restore(trainer: "Trainer", path: Path, state: dict[str, Any]) -> None:
     """Continue from a checkpoint of this run.
 
@@ -216,7 +222,7 @@ def _check_same_run(
         if state[key] != ours:
             raise RunError(f"{path} is of another run: its {key} is {state[key]}, here it is {ours}")
     now = options.stored()
-    args = Options().stored() | state["args"]  # older versions did not have all options
+    args = as_begun(Options(), state).stored() | state["args"]  # older versions did not have all options
     if now["eval_metric"] == "auto":  # which keeps what the run had
         args["eval_metric"] = "auto"
     changed = [key for key in now if args[key] != now[key] and key not in MAY_CHANGE_SILENTLY]

@@ -16,7 +16,7 @@ from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from . import report
 from .batches import seed_all
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, as_begun, find_newest, read_training_checkpoint, restore
 from .evaluation import Predictions, evaluate, figures_line, log_unreadable
 from .finite import NONFINITE
 from .history import choose_metric
@@ -62,6 +62,8 @@ def train(options: Options, argv: list[str]) -> None:
         options = replace(options, resume="auto", overwrite=False)
     lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
+    if resumed:
+        options = as_begun(options, resumed[1])
     ExternalLogs.check(options)
     kept = resumed[0].parent if resumed else None  # the folder whose split goes on
     items = process.on_primary(lambda: divide(options, kept and kept / SPLIT))
@@ -130,7 +132,7 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictions = Predictions(len(class_names), loader.n_own)
-    metrics = evaluate(model, loader, len(class_names), options, process, predictions)
+    metrics = evaluate(model, loader, options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:
         folder = run_folder(options)

@@ -130,7 +130,6 @@ class FullBatches(nn.Module):
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    num_classes: int,
     machine: Machine,
     process: Process,
     predictions: Predictions | None = None,
@@ -142,7 +141,7 @@ def evaluate(
     With `stop`, nothing as soon as a process was asked to stop.
     """
     model.eval()
-    evaluator = Evaluator(num_classes, process.device)
+    evaluator = Evaluator(loader.num_classes, process.device)
     amp_dtype = resolve_amp_dtype(machine.amp_dtype, process.device) if machine.amp else None
     hidden = None if process.primary else True
     for images, targets in tqdm(loader, desc=desc, disable=hidden, leave=False, unit="batch"):

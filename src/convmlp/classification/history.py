@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from .settings import Records
+from .settings import Options
 
 _logger = logging.getLogger(__name__)
 
 UNEVEN = 1.5  # classes are, where the largest has more than so many times the images of the smallest
 
 
-def choose_metric(options: Records, counts: np.ndarray | None, resumed: Mapping[str, Any] | None) -> str:
+def choose_metric(options: Options, counts: np.ndarray | None, resumed: Mapping[str, Any] | None) -> str:
     """What makes an epoch the best: --eval-metric, or what its auto stands for.
 
     That is what a resumed run had. Else it is balanced accuracy where the training classes are uneven, and top1 where
@@ -50,6 +50,11 @@ class History:
         if self._quality(row) > self._quality(self.rows[self.best_epoch]):
             self.best_epoch = len(self.rows) - 1
 
+    def epochs_since_better(self) -> int:
+        """How many epochs have gone by since the metric was last better than ever before."""
+        values = [self._quality(row)[:2] for row in self.rows]
+        return len(values) - 1 - values.index(max(values)) if values else 0
+
     def figure(self, row: dict[str, float]) -> float:
         """The metric of an epoch, NaN where an older version did not record it."""
         return row.get(self.prefix + self.metric, math.nan)
@@ -60,3 +65,18 @@ class History:
         if math.isnan(metric):
             return False, 0, 0
         return True, -metric if self.metric == "loss" else metric, -math.inf if math.isnan(loss) else -loss
+
+    def collapse(self, options: Options) -> str:
+        """What to say after an epoch that predicts one class for all images, if the one before did not; or ''."""
+        *_, before, now = [{}, *self.rows]
+        if not _predicts_one_class(now) or _predicts_one_class(before):
+            return ""
+        advice = f"a lower --lr (now {options.lr:g}), a longer --warmup-epochs (now {options.shortened_warmup})"
+        if not options.pretrained and not options.initial_checkpoint:
+            advice += ", --pretrained weights"
+        return f"all validation images are taken for one class: nothing is being learned. If it stays so, try {advice}"
+
+
+def _predicts_one_class(row: dict[str, float]) -> bool:
+    """Whether the weights of an epoch take the images of two or more classes for one; averages lag behind."""
+    return row.get("eval_predicted_classes") == 1 and row["eval_top1"] < 100

@@ -69,6 +69,7 @@ class IndexedLoader:
         self, source: Source, options: Options, data_config: DataConfig, process: Process, num_classes: int, train: bool
     ):
         self.source = source
+        self.num_classes = num_classes
         self.n_images = len(source)
         share = (process.rank, process.world_size)
         transform = _create_transform(options, data_config, train)
@@ -158,6 +159,7 @@ class StreamLoader:
         train: bool,
     ):
         self.dataset = dataset
+        self.num_classes = num_classes
         self.n_images = len(dataset)
         self._title = options.dataset
         _create_transform(options, data_config, train)  # says what is wrong with the options, if anything is
@@ -212,7 +214,7 @@ def make_loader(
 ) -> Loader:
     """The loader for a source of `open_source`, after checking that the data fills a batch.
 
-    `num_classes` are those that mixup mixes. In training images are augmented and shuffled.
+    In training images are augmented and shuffled.
     """
     kind: Any = StreamLoader if isinstance(source, IterableImageDataset) else IndexedLoader
     loader: Loader = kind(source, options, data_config, process, num_classes, train)

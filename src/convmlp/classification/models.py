@@ -1,22 +1,26 @@
 """The model of a classification run, its starting weights, its teacher, its optimizer and its schedule."""
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import timm
 import torch
 from timm.data import resolve_data_config as resolve_by_timm
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, LogitDistillationTask
 from torch import nn
 
-from ..common.errors import CheckpointError, RunError, one_line
+from ..common.errors import CheckpointError, RunError, one_line, plural
 from ..timm_models import TimmModel, check_name, create_timm_model, has_fixed_size, load_weights, per_channel
 from ..weights import read_checkpoint
 from .loaders import DataConfig
 from .process import Process
 from .settings import Images, Model, Options
+
+_logger = logging.getLogger(__name__)
 
 Task = ClassificationTask | LogitDistillationTask
 
@@ -54,6 +58,25 @@ def build_model(options: Model, images: Images, class_names: Sequence[str], proc
         path = options.initial_checkpoint
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     return model
+
+
+def first_stages(model: TimmModel, count: int) -> list[nn.Module | nn.Parameter]:
+    """The weights and modules of the first stages of a model: timm's coarse groups, which are the `parts` of ConvMLP.
+
+    Raises:
+        RunError: there are not so many, or the model does not tell its stages.
+    """
+    if not count:
+        return []
+    if not hasattr(model, "group_matcher"):
+        raise RunError(f"--freeze {count}: {type(model).__name__} does not tell its stages")
+    # In order from the input; what is in no stage, such as the head, comes last
+    *stages, _ = group_parameters(model, model.group_matcher(coarse=True), return_values=True).values()
+    if count > len(stages):
+        raise RunError(f"--freeze {count}: the model has {plural(len(stages), 'stage')}")
+    weights = {weight for stage in stages[:count] for weight in stage}
+    owned = {module: {*module.parameters()} for module in model.modules()}
+    return [*weights, *(module for module, own in owned.items() if own and own <= weights)]
 
 
 def resolve_data_config(images: Images, model: TimmModel) -> DataConfig:
@@ -120,9 +143,14 @@ def build_schedule(
 
     Its rate changes with each update; that of plateau, which follows the metric, with each epoch.
     """
-    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {
-        "step_on_epochs": options.sched == "plateau"
-    }
+    warmup = 0 if options.sched == "none" else options.shortened_warmup
+    if options.sched != "none" and warmup < options.warmup_epochs:
+        _logger.warning(
+            f"--warmup-epochs {options.warmup_epochs} is not shorter than --epochs {options.epochs}: the warm-up takes "
+            f"{plural(warmup, 'epoch')}"
+        )
+    settings = scheduler_kwargs(options, decreasing_metric=metric == "loss") | {"warmup_epochs": warmup}
+    settings |= {"step_on_epochs": options.sched == "plateau"}
     try:
         return create_scheduler_v2(optimizer, **settings, updates_per_epoch=updates_per_epoch)
     except ValueError as error:

@@ -158,6 +158,9 @@ class Model(Group):
     model: str = option("convmlp_s", "any timm model, ours among them", "NAME")
     pretrained: bool = option(False, "start from the published ImageNet weights")
     initial_checkpoint: str | None = option(None, "start from these weights; the head may have other classes", "FILE")
+    freeze: int = option(
+        0, "do not train the first N stages (ConvMLP: tokenizer, convolutions, ...)", "N", NOT_NEGATIVE
+    )
     drop: float = option(0.0, "dropout before the head", "P", BELOW_ONE)
     drop_path: float | None = option(None, "stochastic depth; by default the model's (ConvMLP 0.1)", "P", BELOW_ONE)
     gp: str | None = option(None, "global pooling: avg, max, avgmax", "POOL")
@@ -205,7 +208,7 @@ class Machine(Group):
 class Schedule(Group):
     """schedule"""
 
-    epochs: int = option(300, "without the cool-down", "N", POSITIVE)
+    epochs: int = option(300, "of the schedule: without --cooldown-epochs and a prefixed warm-up", "N", POSITIVE)
     batch_size: int = option(128, "images a process and step", "N", POSITIVE, flags="-b")
     validation_batch_size: int | None = option(None, "by default the training batch", "N", POSITIVE)
     grad_accum_steps: int = option(1, "steps whose gradients make one update", "N", POSITIVE)
@@ -213,7 +216,9 @@ class Schedule(Group):
     lr: float = option(5e-4, "learning rate; not scaled by batch size or processes", range=NOT_NEGATIVE)
     min_lr: float = option(1e-5, range=NOT_NEGATIVE)
     warmup_lr: float = option(1e-6, range=NOT_NEGATIVE)
-    warmup_epochs: int = option(5, "", "N", NOT_NEGATIVE)
+    warmup_epochs: int = option(5, "the rate rises; a fifth of --epochs if not shorter than these", "N", NOT_NEGATIVE)
+    warmup_prefix: bool = option(True, "the schedule begins after the warm-up, whose epochs come on top of --epochs")
+    early_stop: int = option(0, "end after N epochs without a better --eval-metric; 0 never", "N", NOT_NEGATIVE)
     cooldown_epochs: int = option(0, "epochs at --min-lr after the schedule", "N", NOT_NEGATIVE)
     patience_epochs: int = option(10, "for plateau", "N", NOT_NEGATIVE)
     decay_epochs: float = option(90, "for step, wsd, rsqrt", "N", POSITIVE)
@@ -224,6 +229,13 @@ class Schedule(Group):
     def eval_batch_size(self) -> int:
         """Images a process and step of an evaluation."""
         return self.validation_batch_size or self.batch_size
+
+    @property
+    def shortened_warmup(self) -> int:
+        """--warmup-epochs, or a fifth of --epochs where they would fill it: at least one, but none of a single one."""
+        if self.warmup_epochs < self.epochs:
+            return self.warmup_epochs
+        return max(1, self.epochs // 5) if self.epochs > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -314,8 +326,6 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
         require(self.eval or self.train_split != self.val_split, rule)
         require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
         require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
-        rule = f"--warmup-epochs {self.warmup_epochs} leaves nothing of --epochs {self.epochs}"
-        require(self.warmup_epochs < self.epochs or self.sched == "none", rule)
         rule = f"mixup and cutmix need an even --batch-size, got {self.batch_size}"
         require(not (self.mixes and self.batch_size % 2), rule)
         has_keys = self.streamed or self.dataset.lower().startswith("hfds/")

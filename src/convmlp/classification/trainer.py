@@ -15,6 +15,7 @@ from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ..backbones import hold
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
@@ -26,7 +27,7 @@ from .evaluation import FullBatches, Predictions, evaluate, figures_line, log_un
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader
-from .models import build_optimizer, build_schedule, build_task
+from .models import build_optimizer, build_schedule, build_task, first_stages
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
@@ -88,6 +89,8 @@ class Trainer:
             if process.device.type != "cuda":
                 raise RunError("--sync-bn needs GPUs")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.frozen = first_stages(model, options.freeze)
+        hold(self.frozen)
         self.task = build_task(options, model, self.criterion, self.class_names, process)
         if options.model_ema:
             self.average = self.task.setup_ema(decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
@@ -111,11 +114,11 @@ class Trainer:
         )
         if logs and self.history.rows:
             report.write_summary(self.folder / "summary.csv", self.history.rows)
-        if self.epoch >= self.epochs:
-            _logger.info("the run is already complete")
+        if self._end():
+            _logger.info(f"the run is already complete: {self._end()}")
         try:
             with self.stop:
-                while self.epoch < self.epochs:
+                while not self._end():
                     self._run_epoch(logs)
         finally:
             if logs:
@@ -135,9 +138,22 @@ class Trainer:
             report.write_curves(self.folder / "curves.png", self.history.rows)
             logs.write(row)
             _logger.info(epoch_line(row, self.epochs, pace, time.perf_counter() - start))
+            if collapse := self.history.collapse(self.options):
+                _logger.warning(collapse)
         self.epoch, self.batch = self.epoch + 1, 0
         self.loss_sum.zero_()
         self.loss_count = 0
+        if self.epoch < self.epochs and self._end():
+            _logger.info(f"stopping early: {self._end()}")
+
+    def _end(self) -> str:
+        """Why the run is at its end, or ''."""
+        stale, patience = self.history.epochs_since_better(), self.options.early_stop
+        if self.epoch >= self.epochs:
+            return plural(self.epoch, "epoch")
+        if patience and stale >= patience:
+            return f"{plural(stale, 'epoch')} without a better {self.metric} (--early-stop {patience})"
+        return ""
 
     def train_epoch(self) -> tuple[float, str]:
         """The rest of this epoch; returns the mean loss of the whole epoch, and in words how fast it went."""
@@ -145,6 +161,7 @@ class Trainer:
         first, n_batches = self.batch, len(self.train_loader)
         check_interval = 1 if process.device.type == "cpu" else options.log_interval
         self.task.train()
+        hold(self.frozen)
         self.optimizer.zero_grad()
         self.train_loader.start(self.epoch, first)
         clock = Clock(options.batch_size * process.world_size)
@@ -269,15 +286,7 @@ class Trainer:
         for prefix, model in {"eval_": self.eval_model, "eval_ema_": self.average}.items():
             if model is None:
                 continue
-            values = evaluate(
-                model,
-                self.val_loader,
-                len(self.class_names),
-                self.options,
-                self.process,
-                desc=prefix,
-                stop=self.stop,
-            )
+            values = evaluate(model, self.val_loader, self.options, self.process, desc=prefix, stop=self.stop)
             if not values:
                 return None
             row |= {prefix + name: value for name, value in values.items()}
@@ -331,15 +340,7 @@ class Trainer:
             weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
         self.process.broadcast(weights)
         predictions = Predictions(len(self.class_names), self.val_loader.n_own)
-        metrics = evaluate(
-            model,
-            self.val_loader,
-            len(self.class_names),
-            self.options,
-            self.process,
-            predictions,
-            desc="evaluating the best",
-        )
+        metrics = evaluate(model, self.val_loader, self.options, self.process, predictions, desc="evaluating the best")
         for loader in (self.train_loader, self.val_loader):
             log_unreadable(loader, self.process)
         if self.process.primary:
