@@ -75,6 +75,14 @@ def test_a_balanced_epoch_is_shared_by_the_ranks_and_continues_anywhere(world_si
         assert whole.repetitions == sum((share.repetitions for share in shares), [])
 
 
+def test_repeated_augmentation_keeps_the_length_and_the_order_of_the_epoch():
+    plain, repeated = TrainBatches(50, 10, 3, 0, 1), TrainBatches(50, 10, 3, 0, 1, repeats=3)
+    order = [i for batch in plain for i in batch.indices]
+    assert [i for batch in repeated for i in batch.indices] == [i for i in order[:17] for _ in range(3)][:50]
+    assert repeated.batch(0, 0).repetitions == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert len(plain) == len(repeated) and not any(sum((batch.repetitions for batch in plain), []))
+
+
 def test_earlier_ones_are_counted():
     assert count_earlier(np.array([3, 1, 3, 3, 0, 1])).tolist() == [0, 0, 1, 2, 0, 1]
 

@@ -62,7 +62,7 @@ def test_a_missing_file_of_weights_is_named():
         class_weights(parse_options(["--class-weights", "nowhere.csv"]), NAMES, None)
 
 
-LOSSES = [[], ["--smoothing", "0"]]
+LOSSES = [[], ["--smoothing", "0"], ["--bce-loss"], ["--bce-loss", "--bce-sum", "--bce-target-thresh", "0.2"]]
 
 
 @pytest.mark.parametrize("mixed", [False, True])
@@ -73,6 +73,14 @@ def test_equal_weights_change_nothing(arguments, mixed):
     torch.testing.assert_close(
         build_loss(options, [1.0] * 3)(LOGITS, targets), build_loss(options, None)(LOGITS, targets)
     )
+
+
+def test_binary_cross_entropy_has_a_threshold_and_a_sum():
+    hot = F.one_hot(TARGETS, 3).float()
+    sharp = build_loss(parse_options(["--bce-loss", "--bce-target-thresh", "0.2"]), None)(LOGITS, TARGETS)
+    torch.testing.assert_close(sharp, F.binary_cross_entropy_with_logits(LOGITS, hot))
+    total = build_loss(parse_options(["--bce-loss", "--bce-sum", "--smoothing", "0"]), None)(LOGITS, TARGETS)
+    torch.testing.assert_close(total, 3 * F.binary_cross_entropy_with_logits(LOGITS, hot))
 
 
 def test_an_image_weighs_what_its_class_does():

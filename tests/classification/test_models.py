@@ -9,7 +9,7 @@ import torch
 
 from convmlp import ConvMLP, convmlp_s
 from convmlp.backbones import hold
-from convmlp.classification.models import build_schedule, first_stages
+from convmlp.classification.models import build_optimizer, build_schedule, first_stages
 from convmlp.classification.options import parse_options
 from convmlp.common.errors import RunError
 
@@ -87,6 +87,9 @@ def test_a_teacher_is_distilled_from(run, tmp_path):
         ["--grad-checkpointing", "--no-channels-last", "--opt", "lamb", "--sched", "step"],
         ["--in-chans", "1", "--opt", "sgd", "--clip-grad", "0.02", "--clip-mode", "agc", "--gp", "max"],
         ["--crop-mode", "squash", "--drop-path", "0", "--eval-metric", "loss", "--opt-betas", "0.8", "0.9"],
+        ["--bce-loss", "--bce-target-thresh", "0.2", "--aug-repeats", "3", "--aa", "3a", "--class-weights", "auto"],
+        ["--in-chans", "1", "--aa", "3a", "--grayscale-prob", "0.5", "--gaussian-blur-prob", "0.5", "--mixup", "0.5"],
+        ["--opt", "sgd", "--opt-kwargs", "nesterov=False", "--balanced-sampling", "--freeze", "1"],
         ["--model", "test_resnet", "--model-ema", "--model-ema-warmup", "--smoothing", "0"],
     ],
 )
@@ -134,6 +137,16 @@ def test_stages_of_other_models_are_frozen_with_their_statistics():
     assert model.layer2[0].conv1.weight.requires_grad and model.layer2[0].bn1.training and model.fc.training
     with pytest.raises(RunError, match="--freeze 1: Linear does not tell its stages"):
         first_stages(torch.nn.Linear(1, 1), 1)
+
+
+def test_arguments_reach_the_optimizer_by_name():
+    model = torch.nn.Linear(1, 1)
+    arguments = ["--opt", "adamw", "--opt-kwargs"]
+    optimizer = build_optimizer(parse_options([*arguments, "amsgrad=True", "fused=False"]), model, torch.device("cpu"))
+    assert optimizer.defaults["amsgrad"] and not optimizer.defaults["fused"]
+    for text, message in {"lr=1": "--opt-kwargs lr: that has an option of its own", "x=1": "argument 'x'"}.items():
+        with pytest.raises(RunError, match=message):
+            build_optimizer(parse_options([*arguments, text]), model, torch.device("cpu"))
 
 
 def rates(updates_per_epoch, *arguments):

@@ -30,6 +30,9 @@ from convmlp.common.errors import RunError
         (["--dataset", "wds/", "--checkpoint-interval", "5"], "--checkpoint-interval 5 does not work with streamed"),
         (["--dataset", "wds/", "--mixup-off-epoch", "5"], "--mixup-off-epoch 5 does not work with streamed data"),
         (["--dataset", "wds/", "--on-bad-image", "stop"], "--on-bad-image stop does not work with streamed data"),
+        (["--dataset", "wds/", "--aug-repeats", "3"], "--aug-repeats 3 does not work with streamed data"),
+        (["--bce-sum"], "--bce-target-thresh and --bce-sum need --bce-loss"),
+        (["--bce-target-thresh", "0.2"], "--bce-target-thresh and --bce-sum need --bce-loss"),
         (["--dataset", "wds/", "--balanced-sampling"], "--balanced-sampling does not work with streamed data"),
     ],
 )

@@ -49,7 +49,8 @@ class Batch(NamedTuple):
 class TrainBatches(Sampler[Batch]):
     """This rank's share of each batch of a shuffled epoch; an incomplete last batch is left out.
 
-    With `targets`, the classes of all images, an epoch draws the classes equally often.
+    With `targets`, the classes of all images, an epoch draws the classes equally often. With `repeats`, each of the
+    first images of the order comes so many times in succession, and the epoch keeps its length.
     """
 
     def __init__(
@@ -61,12 +62,14 @@ class TrainBatches(Sampler[Batch]):
         world_size: int,
         *,
         targets: np.ndarray | None = None,
+        repeats: int = 1,
     ):
         self.n_images = n_images
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.repeats = repeats
         self.classes = None if targets is None else _by_class(targets)
         self.start(0)
         self._order_epoch = -1
@@ -81,7 +84,8 @@ class TrainBatches(Sampler[Batch]):
     def batch(self, epoch: int, number: int) -> Batch:
         if epoch != self._order_epoch:
             rng = np.random.default_rng([self.seed, epoch])
-            self._order = rng.permutation(self.n_images if self.classes is None else self._balanced(rng))
+            order = rng.permutation(self.n_images if self.classes is None else self._balanced(rng))
+            self._order = np.repeat(order, self.repeats)[: self.n_images]
             self._repetitions = count_earlier(self._order)
             self._order_epoch = epoch
         start = (number * self.world_size + self.rank) * self.batch_size

@@ -76,7 +76,10 @@ class IndexedLoader:
         self.batches: TrainBatches | BatchSampler
         if train:
             targets = source.targets() if options.balanced_sampling else None
-            self.batches = TrainBatches(len(source), options.batch_size, options.seed, *share, targets=targets)
+            repeats = max(1, options.aug_repeats)
+            self.batches = TrainBatches(
+                len(source), options.batch_size, options.seed, *share, targets=targets, repeats=repeats
+            )
             self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,
@@ -272,5 +275,7 @@ def _transform_settings(options: Augmentation, data_config: DataConfig, train: b
         "vflip": options.vflip,
         "color_jitter": options.color_jitter,
         "auto_augment": options.aa,
+        "grayscale_prob": options.grayscale_prob,
+        "gaussian_blur_prob": options.gaussian_blur_prob,
         "interpolation": options.train_interpolation,
     }

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.loss import create_classification_loss
+from timm.loss import BinaryCrossEntropy, create_classification_loss
 from torch import nn
 
 from ..common.errors import RunError, some, suggest
@@ -72,7 +72,14 @@ def build_loss(options: Options, weights: Sequence[float] | None) -> nn.Module:
     """The loss of the options, of (logits (b, num_classes), targets (b,) or with mixup (b, num_classes))."""
     if weights is not None:
         return _Float32Loss(_WeightedLoss(options, weights))
-    return _Float32Loss(create_classification_loss(smoothing=options.smoothing, soft_targets=options.mixes))
+    loss = create_classification_loss(
+        "bce" if options.bce_loss else "ce",
+        smoothing=options.smoothing,
+        soft_targets=options.mixes,
+        bce_target_thresh=options.bce_target_thresh,
+        bce_sum=options.bce_sum,
+    )
+    return _Float32Loss(loss)
 
 
 class _Float32Loss(nn.Module):
@@ -98,8 +105,12 @@ class _WeightedLoss(nn.Module):
     def __init__(self, options: Options, weights: Sequence[float]):
         super().__init__()
         self.register_buffer("weights", torch.tensor(weights))
-        self.mixed_smoothing = options.smoothing  # mixup's targets have theirs already
-        self.loss = nn.CrossEntropyLoss(reduction="none", label_smoothing=0 if options.mixes else options.smoothing)
+        self.mixed_smoothing = options.smoothing
+        self.sums = options.bce_sum
+        smoothing = 0 if options.mixes else options.smoothing  # mixup's targets have theirs already
+        self.loss: nn.Module = nn.CrossEntropyLoss(reduction="none", label_smoothing=smoothing)
+        if options.bce_loss:
+            self.loss = BinaryCrossEntropy(smoothing, options.bce_target_thresh, reduction="none")
 
     def forward(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         if targets.ndim == 1:
@@ -107,4 +118,7 @@ class _WeightedLoss(nn.Module):
         else:
             smoothing = self.mixed_smoothing
             weights = (targets @ self.weights - smoothing * self.weights.mean()) / (1 - smoothing)
-        return (self.loss(logits, targets) * weights).mean()
+        losses = self.loss(logits, targets)
+        if losses.ndim == 2:  # one a class
+            losses = losses.sum(1) if self.sums else losses.mean(1)
+        return (losses * weights).mean()

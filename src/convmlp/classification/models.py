@@ -1,7 +1,7 @@
 """The model of a classification run, its starting weights, its teacher, its optimizer and its schedule."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -37,9 +37,7 @@ def build_model(options: Model, images: Images, class_names: Sequence[str], proc
         "drop_path_rate": options.drop_path,
         "global_pool": options.gp,
     }
-    clash = sorted(settings.keys() & options.model_kwargs)
-    if clash:
-        raise RunError(f"--model-kwargs {clash[0]}: that has an option of its own")
+    refuse_own_options("--model-kwargs", options.model_kwargs, settings)
     if has_fixed_size(options.model):
         settings["img_size"] = images.img_size
     settings = {key: value for key, value in settings.items() if value is not None} | options.model_kwargs
@@ -58,6 +56,13 @@ def build_model(options: Model, images: Images, class_names: Sequence[str], proc
         path = options.initial_checkpoint
         load_weights(model, read_checkpoint(path), path, options.use_ema, class_names, new_head=True)
     return model
+
+
+def refuse_own_options(flag: str, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Make sure that the arguments given by name are not those that have an option of their own."""
+    clash = sorted(settings.keys() & arguments)
+    if clash:
+        raise RunError(f"{flag} {clash[0]}: that has an option of its own")
 
 
 def first_stages(model: TimmModel, count: int) -> list[nn.Module | nn.Parameter]:
@@ -130,8 +135,10 @@ def build_optimizer(options: Options, model: nn.Module, device: torch.device) ->
     """The optimizer of the options, fused where PyTorch has it."""
     has_fused = options.opt.lower() in FUSED_OPTIMIZERS and device.type in ("cuda", "cpu")
     fused: dict[str, Any] = {"fused": True} if has_fused else {}
+    settings = optimizer_kwargs(options)
+    refuse_own_options("--opt-kwargs", options.opt_kwargs, settings)
     try:
-        return create_optimizer_v2(model, **optimizer_kwargs(options), **fused)
+        return create_optimizer_v2(model, **fused | settings | options.opt_kwargs)
     except (ValueError, AssertionError, TypeError) as error:
         raise RunError(f"--opt {options.opt}: {error}") from error
 

@@ -161,7 +161,7 @@ def _apply(parser: Parser, values: dict[str, Any], options: argparse.Namespace, 
             tokens.append(flag if value else flag_of(f"no_{key}"))
         elif isinstance(value, dict) and action.type is keywords:
             named = all(isinstance(each, str) and each.isidentifier() for each in value)
-            require(named, f"{name}: {key} must name arguments of the model, got {reprlib.repr(value)}")
+            require(named, f"{name}: {key} must name arguments, got {reprlib.repr(value)}")
             setattr(options, key, value)
         elif isinstance(value, list) and (action.type is numbers or action.nargs):
             count = action.nargs if isinstance(action.nargs, int) else None

@@ -18,6 +18,7 @@ import yaml
 from ..common.errors import RunError
 
 NOT_STORED = {"config", "recipe", "resume", "eval", "overwrite"}
+NOT_STREAMED = {"checkpoint_interval", "mixup_off_epoch", "on_bad_image", "balanced_sampling", "aug_repeats"}
 
 
 # Types of options
@@ -245,12 +246,16 @@ class Optimizer(Group):
     opt: str = option("adamw", "any optimizer of timm")
     opt_eps: float | None = option(None)
     opt_betas: list[float] | None = option(None, nargs=2)
+    opt_kwargs: dict[str, Any] = option({}, "arguments of the optimizer: nesterov=False", "KEY=VALUE", type=keywords)
     momentum: float = option(0.9)
     weight_decay: float = option(0.05)
     layer_decay: float | None = option(None, "learning rate factor from a layer to the one before it", "F")
     clip_grad: float | None = option(None, "clip gradients", "X", POSITIVE)
     clip_mode: Literal["norm", "value", "agc"] = option("norm")
     smoothing: float = option(0.1, "label smoothing", range=BELOW_ONE)
+    bce_loss: bool = option(False, "binary cross-entropy of each class")
+    bce_target_thresh: float | None = option(None, "with --bce-loss: targets above it are 1, others 0", "X", FRACTION)
+    bce_sum: bool = option(False, "with --bce-loss: sum over the classes, not their mean")
     class_weights: str | None = option(
         None,
         "weights of the classes in the loss: auto, by inverse frequency, or a file of lines class,weight",
@@ -276,7 +281,10 @@ class Augmentation(Group):
     hflip: float = option(0.5, "", "P", FRACTION)
     vflip: float = option(0.0, "", "P", FRACTION)
     color_jitter: float = option(0.4, "without --aa")
-    aa: str | None = option(None, "rand-m9-mstd0.5-inc1, augmix-..., original, ...", "POLICY")
+    aa: str | None = option(None, "rand-m9-mstd0.5-inc1, augmix-..., 3a, original, ...", "POLICY")
+    grayscale_prob: float = option(0.0, "", "P", FRACTION)
+    gaussian_blur_prob: float = option(0.0, "", "P", FRACTION)
+    aug_repeats: int = option(0, "N differently augmented copies of each image of an epoch; 0 one", "N", NOT_NEGATIVE)
     reprob: float = option(0.0, "random erasing", "P", FRACTION)
     remode: Literal["const", "rand", "pixel"] = option("pixel")
     recount: int = option(1, range=POSITIVE)
@@ -325,22 +333,18 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
         rule = f"--train-split and --val-split are both {self.val_split}: what is trained on cannot validate"
         require(self.eval or self.train_split != self.val_split, rule)
         require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
+        bce = self.bce_loss or (self.bce_target_thresh is None and not self.bce_sum)
+        require(bce, "--bce-target-thresh and --bce-sum need --bce-loss")
         require(self.amp or self.amp_dtype == "auto", "--amp-dtype needs --amp")
         rule = f"mixup and cutmix need an even --batch-size, got {self.batch_size}"
         require(not (self.mixes and self.batch_size % 2), rule)
         has_keys = self.streamed or self.dataset.lower().startswith("hfds/")
         rule = "--input-key and --target-key are for hfds and wds"
         require(has_keys or not (self.input_key or self.target_key), rule)
-        unstreamed = {
-            "checkpoint_interval": 0,
-            "mixup_off_epoch": 0,
-            "on_bad_image": "skip",
-            "balanced_sampling": False,
-        }
-        for name, off in unstreamed.items():
-            value = getattr(self, name)
-            given = flag_of(name) if value is True else f"{flag_of(name)} {value}"
-            require(not self.streamed or value == off, f"{given} does not work with streamed data")
+        for each in fields(self):
+            value, flag = getattr(self, each.name), flag_of(each.name)
+            changed = self.streamed and each.name in NOT_STREAMED and value != each.default
+            require(not changed, f"{flag if value is True else f'{flag} {value}'} does not work with streamed data")
 
     def stored(self) -> dict[str, Any]:
         """What args.yaml and checkpoints keep: plain values that make a config again."""
