@@ -140,7 +140,9 @@ def block_scales(model: ConvMLP) -> torch.Tensor:
     for block in blocks:
         block.register_forward_hook(lambda module, args, output: stds.append(float(output.detach().std())))
     nn.functional.cross_entropy(model.train()(image(8, 3, 32, 32)), torch.arange(8)).backward()
-    return torch.tensor([stds, [float(b.connect.weight.grad.norm() / b.connect.weight.detach().norm()) for b in blocks]])
+    return torch.tensor(
+        [stds, [float(b.connect.weight.grad.norm() / b.connect.weight.detach().norm()) for b in blocks]]
+    )
 
 
 @each_variant

@@ -38,9 +38,7 @@ STARTS = {
     "variance": lambda noise, dim: noise / 3,
     "identity": lambda noise, dim: nn.init.dirac_(torch.empty_like(noise), groups=dim) + 0.02 * noise,
 }
-OPTIONS = (
-    "--no-pretrained --batch-size 64 --lr 1e-3 --scale 0.7 1 --workers 0 --no-amp --checkpoint-minutes 0".split()
-)
+OPTIONS = "--no-pretrained --batch-size 64 --lr 1e-3 --scale 0.7 1 --workers 0 --no-amp --checkpoint-minutes 0".split()
 
 
 def build(variant: str, start: str, seed: int) -> ConvMLP:
@@ -118,7 +116,10 @@ def measure_training(options: argparse.Namespace) -> str:
     results: dict[tuple[str, int, int, str], list[list[float]]] = defaultdict(list)
     for seed, *case in product(options.seeds, options.models, options.sizes, options.warmup, STARTS):
         results[tuple(case)].append(train((*case, seed), options.epochs, options.output))
-    lines = ["| model | px | warm-up | start | top-1 after each epoch, mean | last, each seed |", "|---|--:|--:|---|---|---|"]
+    lines = [
+        "| model | px | warm-up | start | top-1 after each epoch, mean | last, each seed |",
+        "|---|--:|--:|---|---|---|",
+    ]
     for case, runs in results.items():
         means = " ".join(f"{value:.1f}" for value in np.mean(runs, 0))
         last = ", ".join(f"{run[-1]:.1f}" for run in runs)

@@ -14,10 +14,9 @@ from ..common.errors import RunError
 from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
 from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
-from . import report
 from .batches import seed_all
 from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, as_begun, find_newest, read_training_checkpoint, restore
-from .evaluation import Predictions, evaluate, figures_line, log_unreadable
+from .evaluation import evaluate, log_unreadable, make_predictions
 from .finite import NONFINITE
 from .history import choose_metric
 from .loaders import make_loader
@@ -43,6 +42,7 @@ EVALUATION_SETTINGS |= {
     "val_split",
     "val_share",
     "class_map",
+    "multi_label",
     "input_key",
     "target_key",
     "val_num_samples",
@@ -131,15 +131,15 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
     loader = make_loader(source, options, data_config, process, len(class_names), train=False)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    predictions = Predictions(len(class_names), loader.n_own)
+    predictions = make_predictions(options, loader)
     metrics = evaluate(model, loader, options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:
         folder = run_folder(options)
         make_folder(folder)
         predictions.write(folder, class_names, data_config)
-        _logger.info(report.per_class_table(predictions.confusion, class_names))
-        _logger.info(f"{path}: {figures_line(metrics, predictions)}\nimages and per_class.csv: {folder}")
+        _logger.info(predictions.table(class_names))
+        _logger.info(f"{path}: {predictions.figures_line(metrics)}\nimages and per_class.csv: {folder}")
 
 
 def run_folder(options: Options) -> Path:

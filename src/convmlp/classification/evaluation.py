@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.task import ClassificationEvaluator
+from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
@@ -19,8 +19,9 @@ from ..common.images import to_image
 from ..common.signals import StopRequest
 from . import report
 from .loaders import DataConfig, Loader
+from .multilabel import LabelPredictions
 from .process import Process
-from .settings import Machine
+from .settings import Data, Options
 
 _logger = logging.getLogger(__name__)
 
@@ -103,6 +104,23 @@ class Predictions:
             crowded = max(range(len(self.mistakes)), key=lambda i: (counts[self.mistakes[i].target], i))
             del self.mistakes[crowded]
 
+    def gather(self, process: Process) -> None:
+        """Add up the counts of all processes; each shows images of its own."""
+        self.confusion = sum(process.gather(self.confusion))
+
+    def figures_line(self, metrics: dict[str, float]) -> str:
+        """What the log says of an evaluation."""
+        images, right = self.confusion.sum(), np.trace(self.confusion)
+        return (
+            f"top-1 {metrics['top1']:.2f} % ({right} of {plural(images, 'image')}), top-5 {metrics['top5']:.2f} %, "
+            f"balanced accuracy {metrics['balanced_accuracy']:.2f} %, macro F1 {metrics['macro_f1']:.2f} %, "
+            f"loss {metrics['loss']:.4f}"
+        )
+
+    def table(self, class_names: list[str]) -> str:
+        """The classes with their accuracies."""
+        return report.per_class_table(self.confusion, class_names)
+
     def write(self, folder: Path, class_names: list[str], data_config: DataConfig) -> None:
         """Confusion matrix, per-class accuracies and images with their predictions."""
         report.write_confusion(folder / "confusion_matrix.png", self.confusion, class_names)
@@ -130,22 +148,22 @@ class FullBatches(nn.Module):
 def evaluate(
     model: nn.Module,
     loader: Loader,
-    machine: Machine,
+    options: Options,
     process: Process,
-    predictions: Predictions | None = None,
+    predictions: Predictions | LabelPredictions | None = None,
     desc: str = "evaluating",
     stop: StopRequest | None = None,
 ) -> dict[str, float]:
-    """The figures of `Evaluator` over the images of all processes, each counted once.
+    """The figures of `make_evaluator` over the images of all processes, each counted once.
 
     With `stop`, nothing as soon as a process was asked to stop.
     """
     model.eval()
-    evaluator = Evaluator(loader.num_classes, process.device)
-    amp_dtype = resolve_amp_dtype(machine.amp_dtype, process.device) if machine.amp else None
+    evaluator = make_evaluator(options, loader.num_classes, process.device)
+    amp_dtype = resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None
     hidden = None if process.primary else True
     for images, targets in tqdm(loader, desc=desc, disable=hidden, leave=False, unit="batch"):
-        if machine.channels_last:
+        if options.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         with autocast(process.device, amp_dtype):
             logits = model(images)
@@ -156,22 +174,22 @@ def evaluate(
             break
     if stop and stop.agreed():
         return {}
-    if predictions:
-        predictions.confusion = sum(process.gather(predictions.confusion))
     if not sum(process.gather(int(evaluator.counts[0]))):
         first = f": {loader.unreadable[0]}" if loader.unreadable else ""
         raise RunError(f"not one validation image could be read{first}")
-    return evaluator.compute(distributed=process.distributed)
+    if predictions:
+        predictions.gather(process)
+    return dict(evaluator.compute(distributed=process.distributed))
 
 
-def figures_line(metrics: dict[str, float], predictions: Predictions) -> str:
-    """What the log says of an evaluation."""
-    images, right = predictions.confusion.sum(), np.trace(predictions.confusion)
-    return (
-        f"top-1 {metrics['top1']:.2f} % ({right} of {plural(images, 'image')}), top-5 {metrics['top5']:.2f} %, "
-        f"balanced accuracy {metrics['balanced_accuracy']:.2f} %, macro F1 {metrics['macro_f1']:.2f} %, "
-        f"loss {metrics['loss']:.4f}"
-    )
+def make_evaluator(options: Data, num_classes: int, device: torch.device) -> ClassificationEvaluator:
+    """What computes the figures of an evaluation."""
+    return MultiLabelClassificationEvaluator(device) if options.multi_label else Evaluator(num_classes, device)
+
+
+def make_predictions(options: Data, loader: Loader) -> Predictions | LabelPredictions:
+    """What keeps the predictions of an evaluation."""
+    return LabelPredictions() if options.multi_label else Predictions(loader.num_classes, loader.n_own)
 
 
 def log_unreadable(loader: Loader, process: Process) -> None:

@@ -17,11 +17,13 @@ UNEVEN = 1.5  # classes are, where the largest has more than so many times the i
 def choose_metric(options: Options, counts: np.ndarray | None, resumed: Mapping[str, Any] | None) -> str:
     """What makes an epoch the best: --eval-metric, or what its auto stands for.
 
-    That is what a resumed run had. Else it is balanced accuracy where the training classes are uneven, and top1 where
-    they are even or the data does not tell.
+    That is mAP for several labels an image, and what a resumed run had. Else it is balanced accuracy where the training
+    classes are uneven, and top1 where they are even or the data does not tell.
     """
     if options.eval_metric != "auto":
         return options.eval_metric
+    if options.multi_label:
+        return "map"
     if resumed:
         kept = resumed.get("eval_metric", resumed["args"].get("eval_metric", "auto"))  # the latter in old checkpoints
         if kept != "auto":

@@ -69,11 +69,12 @@ def _read_weights(path: str, class_names: Sequence[str]) -> list[float]:
 
 
 def build_loss(options: Options, weights: Sequence[float] | None) -> nn.Module:
-    """The loss of the options, of (logits (b, num_classes), targets (b,) or with mixup (b, num_classes))."""
+    """The loss of logits (b, num_classes) and targets: (b,), or (b, num_classes) with mixup or several labels."""
     if weights is not None:
         return _Float32Loss(_WeightedLoss(options, weights))
     loss = create_classification_loss(
-        "bce" if options.bce_loss else "ce",
+        "bce" if options.bce_loss or options.multi_label else "ce",
+        multi_label=options.multi_label,
         smoothing=options.smoothing,
         soft_targets=options.mixes,
         bce_target_thresh=options.bce_target_thresh,

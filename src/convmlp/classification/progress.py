@@ -14,6 +14,9 @@ from .settings import Options
 _logger = logging.getLogger(__name__)
 
 
+FIGURES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "balanced_accuracy": "balanced", "macro_f1": "F1"}
+
+
 class Clock:
     """How fast an epoch goes, and how much of its time this process waits for the next batch."""
 
@@ -80,13 +83,13 @@ class EpochProgress:
 def epoch_line(row: dict[str, float], epochs: int, pace: str, seconds: float) -> str:
     """What the log says of an epoch that took so many seconds."""
     epoch = int(row["epoch"])
-    ema = f" (averaged {row['eval_ema_top1']:.2f})" if "eval_ema_top1" in row else ""
+    figures = [f"{label} {row[f'eval_{key}']:.2f}" for key, label in FIGURES.items() if f"eval_{key}" in row]
+    averaged = next((f" (averaged {row[f'eval_ema_{key}']:.2f})" for key in FIGURES if f"eval_ema_{key}" in row), "")
+    figures[0] += averaged
     time_left = tqdm.format_interval((epochs - epoch - 1) * seconds)
     return (
         f"epoch {epoch:{len(str(epochs))}}/{epochs}  loss {row['train_loss']:.4f}  val loss {row['eval_loss']:.4f}  "
-        f"top-1 {row['eval_top1']:.2f}{ema}  top-5 {row['eval_top5']:.2f}  "
-        f"balanced {row['eval_balanced_accuracy']:.2f}  F1 {row['eval_macro_f1']:.2f}  lr {row['lr']:.1e}  {pace}  "
-        f"{seconds:.0f} s, {time_left} left"
+        f"{'  '.join(figures)}  lr {row['lr']:.1e}  {pace}  {seconds:.0f} s, {time_left} left"
     )
 
 

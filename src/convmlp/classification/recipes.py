@@ -53,10 +53,8 @@ def apply_recipe(
     A run that goes on has the settings that it kept.
 
     Raises:
-        RunError: the images cannot be counted, or the recipe needs weights that cannot be had.
+        RunError: no image can be read.
     """
-    if not isinstance(source, Source):
-        raise RunError("--recipe counts the images first, and streamed data cannot be counted: give a config, -c FILE")
     if kept:
         return replace(parse_options(argv, base=kept), resume=options.resume, overwrite=options.overwrite)
     [(name, side)] = process.gather((_choose_recipe(options, argv), _median_side(source)))[:1]

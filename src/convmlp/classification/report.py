@@ -26,7 +26,7 @@ class Prediction(NamedTuple):
 def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
     """summary.csv: a row an epoch; what older rows lack is left empty."""
     titles = list(history[-1] | history[0])
-    _write_csv(path, titles, [[row.get(title, "") for title in titles] for row in history])
+    write_csv(path, titles, [[row.get(title, "") for title in titles] for row in history])
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -37,7 +37,11 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     marker = "o" if len(epochs) < 40 else None
     panels = [
         ("loss", {"train_loss": "training", "eval_loss": "validation", "eval_ema_loss": "validation, averaged"}),
-        ("accuracy, %", {"eval_top1": "top-1", "eval_top5": "top-5", "eval_ema_top1": "top-1, averaged"}),
+        (
+            "validation, %",
+            {"eval_top1": "top-1", "eval_top5": "top-5", "eval_ema_top1": "top-1, averaged"}
+            | {"eval_map": "mAP", "eval_ema_map": "mAP, averaged"},
+        ),
         ("learning rate", {"lr": ""}),
     ]
     for axis, (title, columns) in zip(axes, panels, strict=True):
@@ -49,9 +53,10 @@ def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
         axis.grid(alpha=0.3)
         if len(columns) > 1:
             axis.legend(frameon=False)
-    best = max(history, key=lambda row: row["eval_top1"])
-    axes[1].plot(best["epoch"], best["eval_top1"], "o", markersize=8, fillstyle="none", color="black")
-    axes[1].set_title(f"accuracy, % (best top-1: {best['eval_top1']:.2f}, epoch {best['epoch']:.0f})", fontsize=11)
+    column, label = next(each for each in panels[1][1].items() if each[0] in history[0])
+    best = max(history, key=lambda row: row[column])
+    axes[1].plot(best["epoch"], best[column], "o", markersize=8, fillstyle="none", color="black")
+    axes[1].set_title(f"validation, % (best {label}: {best[column]:.2f}, epoch {best['epoch']:.0f})", fontsize=11)
     save_figure(figure, path)
 
 
@@ -105,10 +110,10 @@ def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str
     """per_class.csv: images, right ones and accuracy of each class."""
     counts = zip(class_names, confusion.sum(1), confusion.diagonal(), strict=True)
     rows = [[name, images, right, f"{100 * right / images:.2f}" if images else ""] for name, images, right in counts]
-    _write_csv(path, ["class", "images", "right", "accuracy"], rows)
+    write_csv(path, ["class", "images", "right", "accuracy"], rows)
 
 
-def _write_csv(path: Path, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     def write(temporary: Path) -> None:
         with open(temporary, "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([titles, *rows])

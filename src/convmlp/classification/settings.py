@@ -135,6 +135,7 @@ class Data(Group):
     val_split: str = option("validation", "val, valid and validation stand for each other", "NAME")
     val_share: float = option(0.2, "what validates of images that are not divided yet", "F", SHARE)
     download: bool = option(False, "let a tv- dataset download itself", flags="--dataset-download")
+    multi_label: bool = option(False, "any number of labels an image: cells such as cat;dog in the table that DATA is")
     class_map: str | None = option(None, "text file of class names in the order of their numbers", "FILE")
     num_classes: int | None = option(None, "auto takes the data's", "N|auto", type=number_or_auto)
     input_key: str | None = option(None, "image field of an hfds or wds dataset", "NAME")
@@ -312,8 +313,9 @@ class Records(Group):
         0, "leave out up to N updates with NaN or infinity; by default the first ends the run", "N", NOT_NEGATIVE
     )
     log_interval: int = option(50, "log lines where there is no terminal", "STEPS", POSITIVE)
-    eval_metric: Literal["auto", "top1", "top5", "balanced_accuracy", "macro_f1", "loss"] = option(
-        "auto", "what makes a checkpoint the best; auto: balanced_accuracy if the classes are uneven, else top1"
+    eval_metric: Literal["auto", "top1", "top5", "balanced_accuracy", "macro_f1", "map", "loss"] = option(
+        "auto",
+        "what makes an epoch the best; auto: map for --multi-label, balanced_accuracy of uneven classes, else top1",
     )
     log_tensorboard: bool = option(False)
     log_wandb: bool = option(False)
@@ -332,6 +334,11 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
         require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
         rule = f"--train-split and --val-split are both {self.val_split}: what is trained on cannot validate"
         require(self.eval or self.train_split != self.val_split, rule)
+        rule = "--recipe counts the images first, and streamed data cannot be counted: give a config, -c FILE"
+        require(not (self.recipe and self.streamed), rule)
+        if self.multi_label:
+            self._check_multi_label()
+        require(self.multi_label or self.eval_metric != "map", "--eval-metric map is for --multi-label")
         require(self.kd_model or not self.kd_checkpoint, "--kd-checkpoint needs --kd-model")
         bce = self.bce_loss or (self.bce_target_thresh is None and not self.bce_sum)
         require(bce, "--bce-target-thresh and --bce-sum need --bce-loss")
@@ -345,6 +352,16 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
             value, flag = getattr(self, each.name), flag_of(each.name)
             changed = self.streamed and each.name in NOT_STREAMED and value != each.default
             require(not changed, f"{flag if value is True else f'{flag} {value}'} does not work with streamed data")
+
+    def _check_multi_label(self) -> None:
+        require(not self.dataset, f"--multi-label needs a CSV or Parquet file, not --dataset {self.dataset}")
+        others = {"mixup or cutmix": self.mixes, "--class-weights": self.class_weights, "--kd-model": self.kd_model}
+        others |= {"--balanced-sampling": self.balanced_sampling, "--recipe probe": self.recipe == "probe"}
+        for name, given in others.items():
+            require(not given, f"--multi-label does not go with {name}")
+        metrics = ("auto", "map", "macro_f1", "loss")
+        rule = f"--multi-label takes --eval-metric {', '.join(metrics)}, got {self.eval_metric}"
+        require(self.eval_metric in metrics, rule)
 
     def stored(self) -> dict[str, Any]:
         """What args.yaml and checkpoints keep: plain values that make a config again."""

@@ -82,8 +82,9 @@ class Source:
     def targets(self) -> np.ndarray | None:
         """The number of the class of every image, (n,), without reading one; None where the data does not tell."""
         targets = self._data_targets()
-        if targets is None or targets.shape != (len(self),):
+        if targets is None or targets.shape != (len(self.data),):
             return None
+        targets = targets[list(self.places)]
         return np.asarray(self.numbers)[targets] if self.numbers else targets
 
     def _data_targets(self) -> np.ndarray | None:

@@ -23,11 +23,12 @@ from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .batches import seed_all
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
-from .evaluation import FullBatches, Predictions, evaluate, figures_line, log_unreadable
+from .evaluation import FullBatches, evaluate, log_unreadable, make_predictions
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader
 from .models import build_optimizer, build_schedule, build_task, first_stages
+from .multilabel import LabelPredictions
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
@@ -339,11 +340,14 @@ class Trainer:
             best = self.folder / (BEST if (self.folder / BEST).exists() else LAST)
             weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
         self.process.broadcast(weights)
-        predictions = Predictions(len(self.class_names), self.val_loader.n_own)
+        predictions = make_predictions(self.options, self.val_loader)
         metrics = evaluate(model, self.val_loader, self.options, self.process, predictions, desc="evaluating the best")
         for loader in (self.train_loader, self.val_loader):
             log_unreadable(loader, self.process)
         if self.process.primary:
             predictions.write(self.folder, self.class_names, self.data_config)
-            figures = figures_line(metrics, predictions)
-            _logger.info(f"best epoch {self.history.best_epoch}: {figures}\n{self.folder}: {', '.join(WRITTEN)}")
+            if isinstance(predictions, LabelPredictions):
+                write_checkpoint(best, {**read_checkpoint(best), "thresholds": predictions.thresholds})
+            written = ", ".join(name for name in WRITTEN if (self.folder / name).exists())
+            figures = predictions.figures_line(metrics)
+            _logger.info(f"best epoch {self.history.best_epoch}: {figures}\n{self.folder}: {written}")

@@ -48,7 +48,8 @@ class Classifier:
 
     `name` is timm's, `title` also says which weights these are; `data_config` is timm's: input_size (c, h, w), mean,
     std, interpolation, crop_pct, crop_mode. `origin` is where the weights come from: 'published', 'random', or 'file',
-    and `about` the args, epoch and history that it has if it is a checkpoint of classification.py.
+    and `about` the args, epoch and history that it has if it is a checkpoint of classification.py. `thresholds` are the
+    least probabilities of the classes if an image may have several.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Classifier:
     title: str
     origin: str = "file"
     about: Mapping[str, Any] = field(default_factory=dict)
+    thresholds: list[float] = field(default_factory=list)
 
     @property
     def image_mode(self) -> str:
@@ -179,7 +181,8 @@ def _load(model: str | None, checkpoint: str) -> Classifier:
     names = about.get("class_names") or _class_names(network)
     config = about.get("data_config") or _data_config(network)
     known = {key: about[key] for key in ("args", "epoch", "history") if key in about}
-    return Classifier(name, network, names, config, torch.device("cpu"), f"{name} of {checkpoint}", "file", known)
+    title, thresholds = f"{name} of {checkpoint}", list(about.get("thresholds") or [])
+    return Classifier(name, network, names, config, torch.device("cpu"), title, "file", known, thresholds)
 
 
 def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, Any], path: Path) -> TimmModel:
@@ -231,7 +234,7 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     """What a checkpoint says beside its weights, in the form that classification.py gives it."""
     if not about:
         return
-    names, args = about.get("class_names"), about.get("args")
+    names, args, thresholds = about.get("class_names"), about.get("args"), about.get("thresholds", [])
     settings = args.get("model_kwargs") or {} if isinstance(args, Mapping) else None
     config: Any = about.get("data_config")
     sides: Any = config.get("input_size") if isinstance(config, Mapping) else None
@@ -241,6 +244,9 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
         "data_config": isinstance(sides, (list, tuple))
         and len(sides) == 3
         and all(isinstance(n, int) and 0 < n <= LARGEST for n in sides),
+        "thresholds": isinstance(thresholds, list)
+        and all(isinstance(value, float) and 0 <= value <= 1 for value in thresholds)
+        and len(thresholds) in (0, len(names or ())),
     }
     for key, holds in right.items():
         if not holds:

@@ -76,6 +76,8 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Draw
     classifier = open_classifier(
         options.model, options.checkpoint, device=options.device, img_size=options.img_size, class_map=options.class_map
     )
+    if options.topk and classifier.thresholds:
+        raise RunError("--topk is for one class an image; this model names every label that reaches its threshold")
     topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
     predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
     for prediction in predictions:

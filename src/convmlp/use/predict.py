@@ -63,7 +63,7 @@ def predict(
     Args:
         images: A file in any format that Pillow reads, a Pillow image, or a sequence of these.
         classifier: See `open_classifier`.
-        topk: How many classes to name.
+        topk: How many classes to name, where an image has one.
         batch_size: How many images the model sees at once.
         progress: Show a bar on a terminal.
 
@@ -95,8 +95,15 @@ def predict(
 
 
 def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> list[list[Guess]]:
-    """The most probable classes of each image."""
+    """The most probable classes of each image; of several labels an image, those that reach their threshold."""
     probabilities = classify(images, classifier)
+    if classifier.thresholds:
+        reached = probabilities >= torch.tensor(classifier.thresholds)
+        ranked = probabilities.argsort(1, descending=True).tolist()
+        return [
+            [Guess(i, classifier.class_names[i], row[i].item()) for i in order if here[i]]
+            for order, row, here in zip(ranked, probabilities, reached, strict=True)
+        ]
     values, indices = probabilities.topk(min(topk, probabilities.shape[1]))
     return [
         [Guess(i, classifier.class_names[i], p) for i, p in zip(index, row, strict=True)]
@@ -107,7 +114,8 @@ def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> l
 @torch.inference_mode()
 def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Tensor:
     """Probabilities of Pillow images, (b, classes), float32 on the CPU."""
-    probabilities = classifier.model(classifier.preprocess(images)).float().softmax(1).cpu()
+    logits = classifier.model(classifier.preprocess(images)).float().cpu()
+    probabilities = logits.sigmoid() if classifier.thresholds else logits.softmax(1)
     if not probabilities.isfinite().all():
         raise RunError(f"{classifier.title} gives values that are not finite: its weights are damaged")
     return probabilities
