@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 TINY = "--model-kwargs blocks=[1,1,1] dims=[8,16,32] mlp_ratios=[1,1,1] channels=8 n_conv_blocks=1".split()
 SMALL = "--img-size 32 --batch-size 8 --epochs 2 --warmup-epochs 0 --workers 0 --lr 1e-3".split()
 RANDOM = "--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1 --reprob 0.5 --drop 0.1 --model-ema --model-ema-decay 0.9"
-RANDOM_EVERYTHING = [*RANDOM.split(), "--checkpoint-interval", "1"]
+RANDOM_EVERYTHING = [*RANDOM.split(), "--balanced-sampling", "--aug-repeats", "2", "--checkpoint-interval", "1"]
 
 
 class Result(NamedTuple):
