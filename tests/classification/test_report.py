@@ -24,7 +24,7 @@ def test_the_best_epoch_is_named_within_the_figure_wherever_it_is(figures, tmp_p
     write_curves(tmp_path / "curves.png", rows)
     [figure] = figures
     figure.draw_without_rendering()
-    assert figure.axes[1].get_title() == f"accuracy, % (best top-1: 90.00, epoch {top1.index(90.0)})"
+    assert figure.axes[1].get_title() == f"validation, % (best top-1: 90.00, epoch {top1.index(90.0)})"
     for axis in figure.axes:
         assert not axis.texts  # nor anything else that could leave it
         box, whole = axis.title.get_window_extent(), figure.bbox

@@ -61,7 +61,7 @@ def test_the_activation_map_is_grad_cam(make_classifier, image):
     cam = (gradient.mean((2, 3), keepdim=True) * maps[0]).sum(1)[0].relu().detach().numpy()
     assert cam.max() > 0
     coarse = np.asarray(Image.fromarray(heat).resize((4, 4), Image.Resampling.BOX))
-    assert np.corrcoef(coarse.ravel(), cam.ravel())[0, 1] > 0.97
+    assert np.corrcoef(coarse.ravel(), cam.ravel())[0, 1] > 0.95
     assert np.unravel_index(coarse.argmax(), (4, 4)) == np.unravel_index(cam.argmax(), (4, 4))
 
 
