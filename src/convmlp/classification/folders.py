@@ -83,8 +83,8 @@ def require_split(options: Data, split: str) -> Path:
     if path is None:
         found = some(sorted(p.name for p in root.iterdir()), 5) or "nothing"
         raise RunError(
-            f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE, see --train-split "
-            f"and --val-split"
+            f"no {split} folder in {root} (it holds {found}); expected {root}/{split}/CLASS/IMAGE (see "
+            f"--train-split and --val-split), {root}/CLASS/IMAGE, or as DATA a table with the columns path and label"
         )
     return path
 

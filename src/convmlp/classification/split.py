@@ -45,7 +45,9 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
     items = read_table(whole) if whole.is_file() else list_folder(whole, options, class_names)
     if class_names:
         items = [item for item in items if item.label in class_names]
-    if whole.is_file() and items[0].side:
+    if whole.is_file() and options.eval and options.val_split == ".":
+        items = [item._replace(side="val") for item in items]
+    elif whole.is_file() and items[0].side:
         items = _rename_sides(items, options, whole)
     if kept and kept.exists() and not (options.eval and items[0].side):
         items = _take_sides(items, kept, bool(options.eval))
@@ -55,6 +57,8 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
     check_files(items, origin)
     if not items[0].side:
         items = split_by_content(items, options.val_share, origin)
+        if options.eval:
+            _logger.info("the validation images are evaluated; --val-split . takes all images")
     if not options.eval:
         _check_sides(items, origin)
     return items
@@ -143,12 +147,14 @@ def hash_bytes(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def in_threads(work: Callable[[Input], Output], inputs: Sequence[Input], title: str) -> Iterator[Output]:
+def in_threads(
+    work: Callable[[Input], Output], inputs: Sequence[Input], title: str, threads: int | None = None
+) -> Iterator[Output]:
     """What `work` makes of each input, in their order, with a progress bar. It should wait for disks or for C code."""
     parts = [inputs[start : start + PART] for start in range(0, len(inputs), PART)]
     with (
         tqdm(total=len(inputs), desc=title, disable=None, leave=False, unit="image") as bar,
-        ThreadPoolExecutor(min(32, 2 * count_cores())) as pool,
+        ThreadPoolExecutor(threads or min(32, 2 * count_cores())) as pool,
     ):
         for outputs in pool.map(lambda part: [work(each) for each in part], parts):
             yield from outputs

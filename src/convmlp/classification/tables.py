@@ -38,6 +38,8 @@ def read_table(path: Path) -> list[Item]:
             raise RunError(
                 f"{path} has no column {key} ({', '.join(COLUMNS[key])}); its columns are {some(titles, 8) or 'none'}"
             )
+    if not all(isinstance(row[columns["path"]], str | None) for row in rows):
+        raise RunError(f"{path}: the column {columns['path']} does not hold paths of image files")
     items = [Item(*(_text(row.get(columns[key])) for key in COLUMNS)) for row in rows]  # type: ignore[arg-type]
     _check_cells(path, items, bool(columns["split"]))
     items = [item._replace(path=str(path.parent / item.path)) for item in items]
@@ -66,15 +68,15 @@ def _check_cells(path: Path, items: list[Item], has_sides: bool) -> None:
             raise RunError(f"{path}: {plural(len(rows), 'image')} without a {what}, the first in row {rows[0]}")
 
 
-def _read_csv(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
+def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     """Titles and rows; commas, semicolons or tabs separate the cells."""
     text = path.read_text(encoding="utf-8-sig")
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter)
-    return list(reader.fieldnames or []), reader
+    return list(reader.fieldnames or []), list(reader)
 
 
-def _read_parquet(path: Path) -> tuple[list[str], Iterable[dict[str, Any]]]:
+def _read_parquet(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     need(str(path), "pyarrow")
     from pyarrow import parquet
 

@@ -62,8 +62,10 @@ def read_image(path: str | Path, mode: str = "RGB") -> Image.Image:
         raise UnreadableImage(f"{path}: {error}") from error
 
 
-def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Image:
+def open_image(file: str | Path | IO[bytes], upright: bool = False, draft: int = 0) -> Image.Image:
     """An image as it is in a file, or turned by its EXIF tag; the first frame of an animation.
+
+    With `draft` a JPEG may be decoded at a fraction of its size, with sides of at least so many pixels; that is quick.
 
     Raises:
         UnreadableImage: for the same reasons as `read_image`; the message is only the reason.
@@ -74,6 +76,8 @@ def open_image(file: str | Path | IO[bytes], upright: bool = False) -> Image.Ima
             with Image.open(file) as image:
                 if image.format == "EPS":
                     raise UnreadableImage("EPS is not read, because it is a program for Ghostscript")
+                if draft:
+                    image.draft("RGB", (draft, draft))
                 image.load()
                 return ImageOps.exif_transpose(image) if upright else image
     except UnreadableImage:

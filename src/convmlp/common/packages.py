@@ -9,6 +9,7 @@ MODULES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
+    "ImageHash": "imagehash",
     "grad-cam": "pytorch_grad_cam",
     "onedl-mmcv": "mmcv",
     "onedl-mmengine": "mmengine",
