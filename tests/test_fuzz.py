@@ -21,8 +21,8 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 
 from convmlp import ConvMLP, cli
 from convmlp.classification.checkpoints import NEEDED_TO_RESUME, find_newest, read_training_checkpoint
+from convmlp.classification.groups import keywords, number_or_auto, numbers
 from convmlp.classification.options import build_parser, load_config, parse_options
-from convmlp.classification.settings import keywords, number_or_auto, numbers
 from convmlp.common.errors import CheckpointError, RunError
 from convmlp.common.images import UnreadableImage, read_image
 from convmlp.use.classifier import open_classifier

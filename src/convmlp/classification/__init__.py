@@ -18,9 +18,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _work(argv: list[str]) -> None:
     options = parse_options(argv)  # which ends here with --help, before PyTorch is imported
-    from .engine import evaluate_checkpoint, train
+    from .engine import check_data, evaluate_checkpoint, train
 
-    if options.eval:
+    if options.check_data:
+        check_data(options)
+    elif options.eval:
         evaluate_checkpoint(options, argv)
     else:
         train(options, argv)

@@ -3,7 +3,6 @@
 A copy has the same content, or is near: the same image encoded anew, in another size, a little brighter or cropped.
 """
 
-import csv
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,8 +18,6 @@ from PIL import Image
 from ..common.errors import RunError, one_line, plural, some
 from ..common.images import open_image, to_mode
 from ..common.packages import need
-from .folders import real_path
-from .settings import Options
 from .sources import FileSource, Source
 from .split import hash_bytes, in_threads
 from .tables import write_table
@@ -57,16 +54,13 @@ class Duplicate(NamedTuple):
 class Findings:
     """What a look has found. Sides are in px: the smallest, the median of the shorter ones, the largest."""
 
-    counts: dict[str, dict[str, int]]  # by split and class, of the images that can be read
+    n_images: int  # that can be read
+    counts: dict[str, dict[str, int]]  # of them, by split and class
     smallest_side: int
     median_side: int
     largest_side: int
     unreadable: list[str]
     duplicates: list[Duplicate]
-
-    @property
-    def n_images(self) -> int:
-        return sum(sum(counts.values()) for counts in self.counts.values())
 
     def lines(self) -> list[str]:
         """What the log says."""
@@ -97,7 +91,7 @@ class Findings:
 class _View(NamedTuple):
     """What is kept of an image."""
 
-    label: int
+    labels: list[int]
     size: tuple[int, int]
     content: str  # its hash
     bits: np.ndarray  # (64,) -1 or 1, of its perceptual hash
@@ -122,11 +116,13 @@ def look(train: Source, val: Source) -> Findings:
             views.append(view)
     if not views:
         raise RunError(f"not one image can be read: {some(unreadable, 1)}")
-    classes = train.class_names or [str(number) for number in range(1 + max(view.label for view in views))]
-    counted = Counter((side, view.label) for side, view in zip(sides, views, strict=True))
+    n_classes = 1 + max((label for view in views for label in view.labels), default=-1)
+    classes = train.class_names or [*map(str, range(n_classes))]
+    counted = Counter((side, label) for side, view in zip(sides, views, strict=True) for label in view.labels)
     counts = {s: {name: counted[s, number] for number, name in enumerate(classes)} for s in ("train", "val")}
     shorter = np.array([min(view.size) for view in views])
     return Findings(
+        len(views),
         counts,
         int(shorter.min()),
         int(np.median(shorter)),
@@ -153,15 +149,16 @@ def _views(source: Source) -> Iterator[_View | str]:
 def _view(source: Source, index: int) -> _View | str:
     try:
         if isinstance(source, FileSource):
-            path, label = source.data[source.places[index]]
+            path, labels = source.data[source.places[index]]
             content = Path(path).read_bytes()
             image = open_image(BytesIO(content), draft=2 * THUMBNAIL)
             with Image.open(BytesIO(content)) as whole:
                 size = whole.size
         else:
-            image, label = source.load(index)
+            image, labels = source.load(index)
             content, size = repr((image.mode, image.size)).encode() + image.tobytes(), image.size
-        return _View(label, size, hash_bytes(content), *_features(to_mode(image, "RGB")))
+        labels = labels if isinstance(labels, list) else [labels]
+        return _View(labels, size, hash_bytes(content), *_features(to_mode(image, "RGB")))
     except Exception as error:  # image decoders raise nearly anything on damaged input
         return one_line(error)
 
@@ -202,7 +199,7 @@ def _find_near(views: Sequence[_View]) -> dict[int, int]:
     """The first earlier image that an image is near to, where there is one. Memory grows with the number of images."""
     bits, detail, colours = (np.stack([getattr(v, key) for v in views]) for key in ("bits", "detail", "colour"))
     needed = np.array([CORRELATION if min(view.size) >= SMALL else CORRELATION_OF_SMALL for view in views])
-    near = {}
+    near: dict[int, int] = {}
     for start in range(0, len(views), ROWS):
         end = min(start + ROWS, len(views))
         alike = bits[start:end] @ bits[:end].T >= 64 - 2 * HASH_BITS
@@ -217,6 +214,11 @@ def _find_near(views: Sequence[_View]) -> dict[int, int]:
             alike &= np.abs(colours[rows, None, channel] - colours[columns, channel]) <= COLOUR
         near |= {int(rows[i]): int(columns[alike[i].argmax()]) for i in np.flatnonzero(alike.any(1))}
     return near
+
+
+def write_duplicates(path: Path, duplicates: Sequence[Duplicate]) -> None:
+    """duplicates.csv: each copy with the image that it is one of."""
+    write_table(path, Duplicate._fields, duplicates)
 
 
 def _copies(duplicates: Sequence[Duplicate]) -> str:

@@ -15,7 +15,9 @@ from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, w
 from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from .batches import seed_all
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, as_begun, find_newest, read_training_checkpoint, restore
+from .check import DUPLICATES
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
+from .data import ImageData, open_data
 from .evaluation import evaluate, log_unreadable, make_predictions
 from .finite import NONFINITE
 from .history import choose_metric
@@ -24,12 +26,12 @@ from .losses import build_loss, class_weights
 from .models import build_model, resolve_data_config
 from .options import parse_options
 from .probe import ProbeTrainer
-from .process import start_process
+from .process import Process, start_process
 from .progress import ExternalLogs
 from .recipes import apply_recipe, fit_into_memory
 from .settings import Options
-from .sources import check_apart, check_classes, count_classes, open_source, relabel
-from .split import SPLIT, divide, write_split
+from .sources import check_classes, count_classes, open_source, relabel
+from .split import SPLIT, divide
 from .trainer import WRITTEN, Trainer
 
 _logger = logging.getLogger(__name__)
@@ -62,33 +64,11 @@ def train(options: Options, argv: list[str]) -> None:
         options = replace(options, resume="auto", overwrite=False)
     lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
-    if resumed:
-        options = as_begun(options, resumed[1])
     ExternalLogs.check(options)
-    kept = resumed[0].parent if resumed else None  # the folder whose split goes on
-    items = process.on_primary(lambda: divide(options, kept and kept / SPLIT))
-    with process.first_on_machine():
-        train_source, val_source = (open_source(options, train, items) for train in (True, False))
-    check_apart(train_source, val_source)
-    class_names = check_classes(train_source, val_source, options)
+    data = open_data(options, process, resumed[0].parent if resumed else None)
     if options.recipe:
-        earlier = resumed[1]["args"] if resumed else None
-        options = apply_recipe(options, argv, train_source, process, earlier)
-    counts = count_classes(train_source, options, len(class_names))
-    criterion = build_loss(options, class_weights(options, class_names, counts))
-    metric = choose_metric(options, counts, resumed[1] if resumed else None)
-    seed_all(options.seed, "initialisation")
-    model = build_model(options, options, class_names, process).to(process.device)
-    data_config = resolve_data_config(options, model)
-    if options.recipe and not resumed:
-        options = fit_into_memory(options, model, data_config, process)
-    probes = options.recipe == "probe"
-    train_loader, val_loader = (
-        make_loader(source, options, data_config, process, len(class_names), train)
-        for source, train in ((train_source, not probes), (val_source, False))
-    )
-    parts = (model, train_loader, val_loader, class_names, data_config, criterion, metric)
-    trainer = (ProbeTrainer if probes else Trainer)(options, process, folder, *parts)
+        options = apply_recipe(options, argv, data.train, process, resumed[1]["args"] if resumed else None)
+    trainer = _build_trainer(options, process, folder, data, resumed[1] if resumed else None)
     if resumed:
         restore(trainer, *resumed)
     if not process.primary:
@@ -97,11 +77,41 @@ def train(options: Options, argv: list[str]) -> None:
     with lock or lock_folder(folder):
         remove_leftovers(folder)
         _claim_folder(folder, resumed[0] if resumed else None)
-        settings = yaml.safe_dump(options.stored(), sort_keys=False)
+        settings = yaml.safe_dump(trainer.options.stored(), sort_keys=False)
         write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(settings))
-        if items is not None:
-            write_split(folder / SPLIT, items)
-        trainer.run(ExternalLogs(options, folder))
+        data.write(folder)
+        trainer.run(ExternalLogs(trainer.options, folder))
+
+
+def _build_trainer(
+    options: Options, process: Process, folder: Path, data: ImageData, resumed: dict[str, Any] | None
+) -> Trainer:
+    """The model with its loss and its loaders; a resumed run keeps its metric and its batch."""
+    n_classes = len(data.class_names)
+    counts = count_classes(data.train, options, n_classes)
+    criterion = build_loss(options, class_weights(options, data.class_names, counts))
+    metric = choose_metric(options, counts, resumed)
+    seed_all(options.seed, "initialisation")
+    model = build_model(options, options, data.class_names, process).to(process.device)
+    data_config = resolve_data_config(options, model)
+    if options.recipe and not resumed:
+        options = fit_into_memory(options, model, data_config, process)
+    probes = options.recipe == "probe"  # without augmentation
+    train_loader = make_loader(data.train, options, data_config, process, n_classes, train=not probes)
+    val_loader = make_loader(data.val, options, data_config, process, n_classes, train=False)
+    parts = (model, train_loader, val_loader, data.class_names, data_config, criterion, metric)
+    return (ProbeTrainer if probes else Trainer)(options, process, folder, *parts)
+
+
+def check_data(options: Options) -> None:
+    """Look at the images, and say what was found; with --output also write duplicates.csv."""
+    process = start_process(options.device)
+    data = open_data(options, process, None)
+    if process.primary and data.findings:
+        _logger.info(data.findings.table())
+        if options.output:
+            make_folder(run_folder(options))
+            data.write(run_folder(options))
 
 
 def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
@@ -174,7 +184,7 @@ def _claim_folder(folder: Path, resumed: Path | None) -> None:
     """Remove what an earlier run left, unless it is continued, and bring the best checkpoint of the one that is."""
     if resumed and resumed.resolve().parent == folder.resolve():
         return
-    for name in (*WRITTEN, PREVIOUS, NONFINITE, SPLIT):
+    for name in (*WRITTEN, PREVIOUS, NONFINITE, SPLIT, DUPLICATES):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     if resumed:

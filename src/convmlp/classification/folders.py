@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +27,13 @@ class Item(NamedTuple):
     path: str
     label: str
     side: str = ""
+
+
+def labels_of(item: Item, multi_label: bool) -> list[str]:
+    """The labels of an image: one, or with `multi_label` as many as stand in its cell, such as cat;dog."""
+    if not multi_label:
+        return [item.label]
+    return [label for part in re.split("[;|]", item.label) if (label := part.strip())]
 
 
 def synonyms(split: str) -> list[str]:

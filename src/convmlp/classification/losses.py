@@ -12,7 +12,8 @@ from timm.loss import BinaryCrossEntropy, create_classification_loss
 from torch import nn
 
 from ..common.errors import RunError, some, suggest
-from .settings import Options, require
+from .groups import require
+from .settings import Options
 
 _logger = logging.getLogger(__name__)
 

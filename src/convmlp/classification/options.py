@@ -19,7 +19,8 @@ from ..common.command import Parser
 from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
 from ..zoo import variant_of
-from .settings import GROUPS, Model, Options, flag_of, keywords, numbers, require
+from .groups import flag_of, keywords, numbers, require
+from .settings import GROUPS, Model, Options
 
 SCRIPT = os.environ.get("CONVMLP_COMMAND", "classification.py")  # what messages call this program
 POSITIONAL = "data"

@@ -20,7 +20,7 @@ from ..common.classes import read_class_names
 from ..common.errors import RunError, plural, some, suggest
 from ..common.images import open_image
 from ..common.packages import pip_line
-from .folders import Item, list_folder, natural_order, real_path, require_split, synonyms
+from .folders import Item, labels_of, list_folder, natural_order, real_path, require_split, synonyms
 from .settings import Data, Options
 
 N_HELD_OUT_DIGITS = 360
@@ -116,6 +116,26 @@ class FileSource(Source):
         return self.data[index][0]
 
 
+class MultiLabelSource(FileSource):
+    """Image files with any number of labels each: a target is a vector of 0 and 1, (num_classes,)."""
+
+    def __init__(self, items: Sequence[Item], class_names: Iterable[str]):
+        super().__init__([], class_names)
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        self.data = [(item.path, [numbers[label] for label in labels_of(item, True)]) for item in items]
+        self.places = range(len(self.data))
+
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        image = self.read(self.places[index])[0]
+        labels = self.data[self.places[index]][1]
+        target = np.zeros(len(self.class_names), np.float32)
+        target[[self.numbers[label] if self.numbers else label for label in labels]] = 1
+        return image, target
+
+    def targets(self) -> None:
+        return None
+
+
 class ReaderSource(Source):
     """Images of a timm reader: a tar file or a Hugging Face dataset."""
 
@@ -170,8 +190,11 @@ def open_source(options: Options, train: bool, items: list[Item] | None = None) 
         return _torchvision_source(options, split, train)
     names = read_class_names(options.class_map) if options.class_map else []
     if items is not None:
-        names = names or natural_order(item.label for item in items)
-        return FileSource([item for item in items if item.side == ("train" if train else "val")], names)
+        names = names or natural_order(label for item in items for label in labels_of(item, options.multi_label))
+        kind = MultiLabelSource if options.multi_label else FileSource
+        return kind([item for item in items if item.side == ("train" if train else "val")], names)
+    if options.multi_label:
+        raise RunError(f"--multi-label needs a CSV or Parquet file of path and label; {options.data_dir} is a folder")
     if not name:
         return _folder_source(options, split, names)
     class_map = {name: number for number, name in enumerate(names)}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..common.classes import SPLITS, read_class_names
 from ..common.devices import count_cores
 from ..common.errors import RunError, plural, some
-from .folders import Item, data_path, find_undivided, list_folder, natural_order, real_path, synonyms
+from .folders import Item, data_path, find_undivided, labels_of, list_folder, natural_order, real_path, synonyms
 from .settings import Data, Options
 from .tables import check_files, read_table, write_table
 
@@ -42,25 +42,28 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
             _logger.info(f"--val-share {options.val_share} is not used: the data has a validation set")
         return None
     class_names = read_class_names(options.class_map) if options.class_map else []
-    items = read_table(whole) if whole.is_file() else list_folder(whole, options, class_names)
+    if options.multi_label and not whole.is_file():
+        return None
+    multi = options.multi_label
+    items = read_table(whole, multi) if whole.is_file() else list_folder(whole, options, class_names)
     if class_names:
-        items = [item for item in items if item.label in class_names]
+        items = [item for item in items if {*labels_of(item, multi)} <= {*class_names}]
     if whole.is_file() and options.eval and options.val_split == ".":
         items = [item._replace(side="val") for item in items]
     elif whole.is_file() and items[0].side:
         items = _rename_sides(items, options, whole)
     if kept and kept.exists() and not (options.eval and items[0].side):
-        items = _take_sides(items, kept, bool(options.eval))
+        items = _take_sides(items, kept, options)
     origin = data_path(options)
     if options.eval and items[0].side:
         items = [item for item in items if item.side == "val"]
     check_files(items, origin)
     if not items[0].side:
-        items = split_by_content(items, options.val_share, origin)
+        items = split_by_content(items, options, origin)
         if options.eval:
             _logger.info("the validation images are evaluated; --val-split . takes all images")
     if not options.eval:
-        _check_sides(items, origin)
+        _check_sides(items, multi, origin)
     return items
 
 
@@ -88,9 +91,9 @@ def _rename_sides(items: list[Item], options: Options, origin: Path) -> list[Ite
     return renamed
 
 
-def _take_sides(items: list[Item], kept: Path, evaluating: bool) -> list[Item]:
+def _take_sides(items: list[Item], kept: Path, options: Options) -> list[Item]:
     """What an earlier split says, in an evaluation of these images alone; nothing if it knows none of them."""
-    known = read_table(kept)
+    known = read_table(kept, options.multi_label)
     paths, known_paths = ({real_path(item.path) for item in each} for each in (items, known))
     n_new = len(paths - known_paths)
     if n_new == len(paths):
@@ -98,10 +101,10 @@ def _take_sides(items: list[Item], kept: Path, evaluating: bool) -> list[Item]:
         return items
     ignored = f"; {plural(n_new, 'image')} that it does not know left out" if n_new else ""
     _logger.info(f"training and validation images as in {kept}{ignored}")
-    return [item for item in known if not evaluating or real_path(item.path) in paths]
+    return [item for item in known if not options.eval or real_path(item.path) in paths]
 
 
-def split_by_content(items: list[Item], val_share: float, origin: Path) -> list[Item]:
+def split_by_content(items: list[Item], options: Data, origin: Path) -> list[Item]:
     """Sides by the hash of each file's content, so that they stay when images are added, renamed or copied.
 
     Each class has an image on either side: if need be the one of its smallest hash validates, or that of its largest
@@ -113,16 +116,17 @@ def split_by_content(items: list[Item], val_share: float, origin: Path) -> list[
     hashes = list(in_threads(content_hash, [item.path for item in items], "dividing the images"))
     own = defaultdict(set)
     for item, each in zip(items, hashes, strict=True):
-        own[item.label].add(each)
-    if len(own) < 2:
-        raise RunError(f"{origin} has one class only, {items[0].label}; there is nothing to tell apart")
+        for label in labels_of(item, options.multi_label):
+            own[label].add(each)
+    if len(own) < (1 if options.multi_label else 2):
+        raise RunError(f"{origin} has one class only, {some([*own])}; there is nothing to tell apart")
     few = [label for label in natural_order(own) if len(own[label]) < 2]
     if few:
         raise RunError(
             f"{origin}: class {few[0]} has fewer than two different images ({plural(len(few), 'class')} like this); "
             "one must train and another validate"
         )
-    validates = {each: int(each, 16) < val_share * 16 ** len(each) for each in {*hashes}}
+    validates = {each: int(each, 16) < options.val_share * 16 ** len(each) for each in {*hashes}}
     for label in natural_order(own):
         first, last = min(own[label]), max(own[label])
         if not any(validates[each] for each in own[label]):
@@ -161,13 +165,15 @@ def in_threads(
             bar.update(len(outputs))
 
 
-def _check_sides(items: list[Item], origin: Path) -> None:
+def _check_sides(items: list[Item], multi_label: bool, origin: Path) -> None:
     """Make sure that training has all classes, and more than one."""
-    labels = {side: {item.label for item in items if item.side == side} for side in ("train", "val")}
+    labels: dict[str, set[str]] = {"train": set(), "val": set()}
+    for item in items:
+        labels[item.side].update(labels_of(item, multi_label))
     alone = natural_order(labels["val"] - labels["train"])
     if alone:
         raise RunError(f"{origin}: {plural(len(alone), 'class')} in the validation images alone: {some(alone)}")
-    if len(labels["train"]) < 2:
+    if len(labels["train"]) < (1 if multi_label else 2):
         raise RunError(f"{origin} has one class only, {items[0].label}; there is nothing to tell apart")
     unseen = natural_order(labels["train"] - labels["val"])
     if unseen:

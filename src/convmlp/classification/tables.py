@@ -18,7 +18,7 @@ COLUMNS = {
 }
 
 
-def read_table(path: Path) -> list[Item]:
+def read_table(path: Path, multi_label: bool = False) -> list[Item]:
     """The rows of a table, with paths relative to its folder made whole, and the side as the table calls it.
 
     A row that is there twice counts once.
@@ -38,10 +38,10 @@ def read_table(path: Path) -> list[Item]:
             raise RunError(
                 f"{path} has no column {key} ({', '.join(COLUMNS[key])}); its columns are {some(titles, 8) or 'none'}"
             )
-    if not all(isinstance(row[columns["path"]], str | None) for row in rows):
+    if not all(isinstance(row[str(columns["path"])], str | None) for row in rows):
         raise RunError(f"{path}: the column {columns['path']} does not hold paths of image files")
     items = [Item(*(_text(row.get(columns[key])) for key in COLUMNS)) for row in rows]  # type: ignore[arg-type]
-    _check_cells(path, items, bool(columns["split"]))
+    _check_cells(path, items, [key for key in COLUMNS if columns[key] and not (multi_label and key == "label")])
     items = [item._replace(path=str(path.parent / item.path)) for item in items]
     known: dict[str, Item] = {}
     for item in items:
@@ -57,15 +57,15 @@ def _text(cell: Any) -> str:
     return "" if cell is None else str(cell).strip()
 
 
-def _check_cells(path: Path, items: list[Item], has_sides: bool) -> None:
-    """Make sure that no cell is empty."""
+def _check_cells(path: Path, items: list[Item], columns: list[str]) -> None:
+    """Make sure that no cell of these columns is empty."""
     if not items:
         raise RunError(f"{path} has no rows")
-    for key in ("path", "label", *(["side"] if has_sides else [])):
-        rows = [number for number, item in enumerate(items, 1) if not getattr(item, key)]
+    for key in columns:
+        place = list(COLUMNS).index(key)
+        rows = [number for number, item in enumerate(items, 1) if not item[place]]
         if rows:
-            what = "split" if key == "side" else key
-            raise RunError(f"{path}: {plural(len(rows), 'image')} without a {what}, the first in row {rows[0]}")
+            raise RunError(f"{path}: {plural(len(rows), 'image')} without a {key}, the first in row {rows[0]}")
 
 
 def _read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
