@@ -130,6 +130,7 @@ def test_an_earlier_run_is_not_overwritten_unasked(run, earlier):
 
 def test_overwriting_leaves_nothing_of_the_earlier_run(run, earlier, monkeypatch):
     old = ["nonfinite.txt", "previous.pth", "predictions.png", "per_class.csv", "confusion_matrix.png", "curves.png"]
+    old += ["duplicates.csv", "split.csv"]
     for name in [*old, "notes.txt"]:
         (earlier / name).write_text("of the earlier run")
     (earlier / "tensorboard").mkdir()
@@ -137,7 +138,8 @@ def test_overwriting_leaves_nothing_of_the_earlier_run(run, earlier, monkeypatch
     monkeypatch.setattr("convmlp.classification.trainer.Trainer.train_epoch", lambda trainer: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("--overwrite")
-    assert sorted(p.name for p in earlier.iterdir()) == [".holder", ".lock", "args.yaml", "notes.txt"]
+    left = [".holder", ".lock", "args.yaml", "duplicates.csv", "notes.txt"]
+    assert sorted(p.name for p in earlier.iterdir()) == left and "of the earlier" not in (earlier / left[3]).read_text()
 
 
 @pytest.mark.parametrize("place", ["file", "/proc/nowhere"])

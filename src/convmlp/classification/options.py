@@ -18,7 +18,6 @@ import yaml
 from ..common.command import Parser
 from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
-from ..zoo import variant_of
 from .groups import flag_of, keywords, numbers, require
 from .settings import GROUPS, Model, Options
 
@@ -139,9 +138,11 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 def _overlay(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Values over other values. Arguments of the model add up, unless one model is a ConvMLP and the other is not."""
     values = lower | upper
-    is_ours = [variant_of(str(each.get("model", Model.model))) is not None for each in (lower, values)]
     below, above = lower.get("model_kwargs"), upper.get("model_kwargs", {})
     if isinstance(below, dict) and isinstance(above, dict):
+        from ..zoo import variant_of  # which takes PyTorch, and --help should not
+
+        is_ours = [variant_of(str(each.get("model", Model.model))) is not None for each in (lower, values)]
         values["model_kwargs"] = below | above if is_ours[0] == is_ours[1] else above
     return values
 

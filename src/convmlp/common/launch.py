@@ -12,11 +12,17 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-# A step's large buffers stay with the process for its next step: to get fresh pages from the system each time costs a
-# CPU more than it computes with them (docs/performance.md). Both are settings of glibc, and only together they do it:
-# no block comes from mmap, and freed memory (in bytes) is not given back. MALLOC_MMAP_THRESHOLD_ would not do: some
-# versions of glibc refuse more than 32 MiB.
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+ENVIRONMENT = {
+    # A step's large buffers stay with the process for its next step: to get fresh pages from the system each time costs
+    # a CPU more than it computes with them (docs/performance.md). Both are settings of glibc, and only together they do
+    # it: no block comes from mmap, and freed memory (in bytes) is not given back. MALLOC_MMAP_THRESHOLD_ would not do:
+    # some versions of glibc refuse more than 32 MiB.
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "8000000000",
+    # Threads that wait for one another sleep. Spinning, they keep the cores from those they wait for as soon as any
+    # other program is at work (docs/performance.md).
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
 
 
 def launch(processes: int, program: Sequence[str], **environment: str) -> NoReturn:
@@ -24,7 +30,7 @@ def launch(processes: int, program: Sequence[str], **environment: str) -> NoRetu
 
     `program` is what python is called with: a script or -m and a module, and arguments.
     """
-    settings = {**ALLOCATOR, **environment, **os.environ}
+    settings = {**ENVIRONMENT, **environment, **os.environ}
     nodes, restarts = settings.get("NNODES", "1"), settings.get("MAX_RESTARTS", "0")
     command = [sys.executable, *program]
     if (processes, nodes, restarts) != (1, "1", "0"):
