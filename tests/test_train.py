@@ -46,8 +46,8 @@ def test_a_config_says_which_program_runs(started):
 
 
 def test_an_unknown_config_is_an_error_before_anything_starts(started):
-    with pytest.raises(RunError, match="no such config: templat; did you mean template?"):
-        started("-c templat images")
+    with pytest.raises(RunError, match="no such config: templates; did you mean template?"):
+        started("-c templates images")
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ def test_waiting_is_the_time_between_asking_for_a_batch_and_having_it(monkeypatc
     for _ in clock.watch(batches()):
         now[0] += 3
     assert clock.pace() == "2 img/s, 25% waiting for data"
+    assert clock.time_for(1000) == "1:06:40"  # of four seconds each
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(5, "1:20 left"), (400, "1:46:40 left")])
@@ -42,3 +43,19 @@ def test_without_a_terminal_every_so_many_batches_have_a_line(caplog):
         for batch in range(7, 29, 3):
             progress.show(f"at {batch}", batch)
     assert caplog.messages == [f"epoch 2 batch {n}/30: at {n}" for n in (10, 22)]
+
+
+def test_without_a_terminal_the_first_batches_of_a_run_tell_how_it_goes(caplog):
+    caplog.set_level("INFO", "convmlp")
+    for epoch in (0, 1):
+        with EpochProgress(epoch, 0, 100, 50, primary=True) as progress:
+            progress.bar.disable = True
+            for batch in range(1, 101):
+                progress.show(f"{batch} done", batch)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "epoch 0 batch 10/100",
+        "epoch 0 batch 50/100",
+        "epoch 0 batch 100/100",
+        "epoch 1 batch 50/100",
+        "epoch 1 batch 100/100",
+    ]

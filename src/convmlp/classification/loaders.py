@@ -75,11 +75,7 @@ class IndexedLoader:
         transform = _create_transform(options, data_config, train)
         self.batches: TrainBatches | BatchSampler
         if train:
-            targets = source.targets() if options.balanced_sampling else None
-            repeats = max(1, options.aug_repeats)
-            self.batches = TrainBatches(
-                len(source), options.batch_size, options.seed, *share, targets=targets, repeats=repeats
-            )
+            self.batches = _train_batches(source, options, *share)
             self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,
@@ -226,6 +222,13 @@ def make_loader(
         images = plural(loader.n_images, "image")
         raise RunError(f"--batch-size {options.batch_size}{ranks} is larger than the data: {images}")
     return loader
+
+
+def _train_batches(source: Source, options: Options, rank: int, world_size: int) -> TrainBatches:
+    targets = source.targets() if options.balanced_sampling else None
+    repeats = max(1, options.aug_repeats)
+    sizes = (len(source), options.batch_size, options.seed, rank, world_size)
+    return TrainBatches(*sizes, targets=targets, repeats=repeats)
 
 
 def count_workers(options: Data) -> int:

@@ -14,6 +14,7 @@ from .settings import Options
 _logger = logging.getLogger(__name__)
 
 
+FIRST_BATCHES = 10  # of a run
 FIGURES = {"top1": "top-1", "top5": "top-5", "map": "mAP", "balanced_accuracy": "balanced", "macro_f1": "F1"}
 
 
@@ -43,10 +44,9 @@ class Clock:
         rate = self.n_batches * self.batch_images / seconds
         return f"{rate:.0f} img/s, {self.waited / seconds:.0%} waiting for data"
 
-    def estimate(self, batches_left: int) -> str:
-        """How long so many batches will take at the speed until now."""
-        seconds = (time.perf_counter() - self.start) / self.n_batches * batches_left
-        return f"{self.pace()}: about {tqdm.format_interval(seconds)} (h:min:s) to go, and the validations"
+    def time_for(self, batches: int) -> str:
+        """How long so many batches will take at the speed until now, as hours, minutes and seconds."""
+        return tqdm.format_interval((time.perf_counter() - self.start) / self.n_batches * batches)
 
 
 class EpochProgress:
@@ -54,6 +54,7 @@ class EpochProgress:
 
     def __init__(self, epoch: int, first: int, n_batches: int, log_interval: int, primary: bool):
         self.title = f"epoch {epoch}"
+        self.is_first_epoch = epoch == 0
         self.n_batches = n_batches
         self.batch = first
         self.log_interval = log_interval
@@ -66,14 +67,10 @@ class EpochProgress:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def say(self, message: str) -> None:
-        """Log a line above the bar."""
-        with self.bar.external_write_mode():
-            _logger.info(message)
-
     def show(self, status: str, batch: int) -> None:
         """Show how far the epoch is."""
-        if self.bar.disable and batch // self.log_interval > self.batch // self.log_interval:
+        is_first = self.is_first_epoch and self.batch < FIRST_BATCHES <= batch  # tells how long the run will take
+        if self.bar.disable and (is_first or batch // self.log_interval > self.batch // self.log_interval):
             _logger.info(f"{self.title} batch {batch}/{self.n_batches}: {status}")
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(batch - self.batch)

@@ -35,7 +35,6 @@ from .settings import Options
 
 _logger = logging.getLogger(__name__)
 
-FIRST_BATCHES = 10  # tell how long the run will take
 WRITTEN = [BEST, LAST, "summary.csv", "args.yaml", "curves.png", "confusion_matrix.png", "predictions.png"]
 WRITTEN += ["per_class.csv"]
 
@@ -78,7 +77,6 @@ class Trainer:
         self.stop = StopRequest()
         self.finite = FiniteCheck(self.folder, self.train_loader, process.rank)
         self.saved_at = time.monotonic()
-        self.estimated = False  # how long the run will take
         self.history = History(self.metric, averaged=self.task.has_ema())
 
     def _prepare_task(self) -> None:
@@ -179,11 +177,10 @@ class Trainer:
                     stops_now, saves_now = map(bool, self.stop.maxima(self.stop.number, self._save_is_due()))
                 if stops_now or saves_now or self.batch == n_batches or self.batch - checked >= check_interval:
                     checked = self.batch
-                    if not self.estimated and clock.n_batches >= FIRST_BATCHES:
-                        self.estimated = True
-                        progress.say(clock.estimate(self.epochs * n_batches - self.epoch * n_batches - self.batch))
                     self._stop_if_not_finite()
-                    progress.show(f"loss {loss.item():.3f}, lr {self._lr():.1e}, {clock.pace()}", self.batch)
+                    left = clock.time_for((self.epochs - self.epoch) * n_batches - self.batch)
+                    status = f"loss {loss.item():.3f}, lr {self._lr():.1e}, {clock.pace()}, {left} left"
+                    progress.show(status, self.batch)
                 if stops_now:
                     self._save_and_stop()
                 if saves_now:
