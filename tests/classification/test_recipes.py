@@ -109,6 +109,15 @@ def test_a_batch_that_fits_stays_and_so_does_the_model():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_on_a_cpu_a_batch_that_the_memory_left_cannot_hold_is_not_even_tried(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 32 * 32, 2))
+    kept = 4 * 64 * 32 * 32  # bytes for an image: the map that ReLU and the linear layer share; the input is small
+    monkeypatch.setattr("convmlp.classification.recipes._free_bytes", lambda: 20 * 2 * kept)
+    assert fitted(64, model).batch_size == 16
+    monkeypatch.undo()
+    assert fitted(64, model).batch_size == 64
+
+
 class Greedier(Greedy):
     def forward(self, images):
         torch.empty(2**50)

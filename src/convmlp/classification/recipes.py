@@ -3,11 +3,13 @@
 import copy
 import logging
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import median
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from torch import nn
 
@@ -154,6 +156,8 @@ def _fits(batch_size: int, options: Options, model: nn.Module, data_config: Data
     """Whether a step with this batch can be computed beside what AdamW keeps for each weight."""
     amp = resolve_amp_dtype(options.amp_dtype, device) if options.amp else None
     try:
+        if device.type == "cpu" and batch_size * _bytes_per_image(model, data_config, amp) > _free_bytes():
+            return False  # to try it would make the system end some process, perhaps this one
         _try_step(copy.deepcopy(model).train(), torch.zeros(batch_size, *data_config["input_size"], device=device), amp)
     except RuntimeError as error:  # PyTorch has a class of its own for GPUs only
         if not isinstance(error, torch.OutOfMemoryError) and "allocate" not in str(error):
@@ -162,6 +166,28 @@ def _fits(batch_size: int, options: Options, model: nn.Module, data_config: Data
     finally:
         torch.cuda.empty_cache()
     return True
+
+
+def _bytes_per_image(model: nn.Module, data_config: DataConfig, amp_dtype: torch.dtype | None) -> float:
+    """What a training step keeps for the gradients of each image, and once more for what it computes in passing."""
+    images, kept = 2, {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    trial = copy.deepcopy(model).train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _try_step(trial, torch.zeros(images, *data_config["input_size"]), amp_dtype)
+    for weight in trial.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    return 2 * sum(kept.values()) / images
+
+
+def _free_bytes() -> float:
+    """The share of this process in the memory that this machine has left."""
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _try_step(model: nn.Module, images: torch.Tensor, amp_dtype: torch.dtype | None) -> None:
