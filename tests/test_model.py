@@ -140,9 +140,8 @@ def block_scales(model: ConvMLP) -> torch.Tensor:
     for block in blocks:
         block.register_forward_hook(lambda module, args, output: stds.append(float(output.detach().std())))
     nn.functional.cross_entropy(model.train()(image(8, 3, 32, 32)), torch.arange(8)).backward()
-    return torch.tensor(
-        [stds, [float(b.connect.weight.grad.norm() / b.connect.weight.detach().norm()) for b in blocks]]
-    )
+    weights = [block.connect.weight for block in blocks]
+    return torch.tensor([stds, [float(w.grad.norm() / w.detach().norm()) for w in weights]])
 
 
 @each_variant
@@ -151,7 +150,7 @@ def test_signal_and_gradient_keep_their_scale_through_all_blocks(variant):
         torch.manual_seed(0)
         stds, gradients = block_scales(build(variant, num_classes=10, weight_init=weight_init))
         assert len(stds) == sum(BLOCKS[variant])
-        assert ((0.3 < stds) & (stds < 3)).eq(held).all(), stds
+        assert ((0.4 < stds) & (stds < 2.5)).eq(held).all(), stds
         assert (gradients < 0.1).eq(held).all(), gradients
 
 
