@@ -72,12 +72,10 @@ class ConvMLP(nn.Module):
             raise ValueError(f"rates must be at least 0 and below 1, got {drop_rate=}, {drop_path_rate=}")
         if weight_init not in WEIGHT_INITS:
             raise ValueError(f"weight_init must be one of {', '.join(map(repr, WEIGHT_INITS))}, got {weight_init=}")
-        if not classifier_head:
-            num_classes = 0
-        self.in_chans = in_chans
+        num_classes = num_classes if classifier_head else 0
+        self.in_chans, self.weight_init = in_chans, weight_init
         self.mlp_ratios = mlp_ratios
         self.drop_path_rate = drop_path_rate
-        self.weight_init = weight_init
         self.num_features = self.head_hidden_size = dims[-1]
         self.classifier_head = classifier_head
         self.feature_info = _feature_info(channels, dims)

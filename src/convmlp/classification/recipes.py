@@ -41,9 +41,9 @@ class Recipe(NamedTuple):
 
 LIGHT: dict[str, Any] = {"scale": [0.7, 1.0], "color_jitter": 0.2}  # augmentation
 RECIPES = {
-    "finetune": Recipe(1200, 50, 3e-4, {**LIGHT, "pretrained": True, "layer_decay": 0.8}),
+    "finetune": Recipe(800, 50, 3e-4, {**LIGHT, "pretrained": True, "layer_decay": 0.8}),
     "probe": Recipe(0, 1, 3e-4, {"pretrained": True, "smoothing": 0.0}),
-    "scratch": Recipe(2400, 100, 1e-3, {**LIGHT, "pretrained": False, "mixup": 0.2}),
+    "scratch": Recipe(1600, 100, 1e-3, {**LIGHT, "pretrained": False, "mixup": 0.2}),
 }
 
 

@@ -92,8 +92,7 @@ def export(
         RunError: a request that cannot be met, a missing package, a model that does not fit the format, or a file
             that computes something else than the model (`TOLERANCES`). What was at `path` stays then.
     """
-    path = Path(path)
-    _check_request(path, format, fold, opset, overwrite)
+    _check_request(path := Path(path), format, fold, opset, overwrite)
     writers: dict[str, Writer] = {
         "onnx": partial(_write_onnx, dynamic=dynamic, opset=opset),
         "torch-export": partial(_write_torch_export, dynamic=dynamic),
