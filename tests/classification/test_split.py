@@ -12,7 +12,6 @@ from sklearn.datasets import load_digits
 from convmlp.classification import report
 from convmlp.classification.options import parse_options
 from convmlp.classification.split import divide
-from convmlp.common.errors import RunError
 
 from .conftest import SMALL, TINY, Result, call_main
 
