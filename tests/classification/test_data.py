@@ -88,6 +88,14 @@ def test_a_resumed_run_leaves_out_the_same_without_looking_again(run, leaking):
     assert len(rows_of(folder / "duplicates.csv")) >= 2
 
 
+def test_a_resumed_run_finds_the_copies_again_after_the_data_has_moved(run, leaking):
+    assert run("--epochs", "1", data=leaking).code == 0
+    moved = leaking.rename(leaking.with_name("moved"))
+    code, said, folder = run("--resume", "auto", data=moved)
+    assert code == 0 and "24 training and 15 validation images" in said, said
+    assert {Path(row["path"]).is_relative_to(moved) for row in rows_of(folder / "duplicates.csv")} == {True}
+
+
 def test_a_run_that_goes_on_in_another_folder_leaves_out_the_same_there(run, leaking):
     _, _, folder = run("--epochs", "1", data=leaking)
     code, _, other = run("--resume", str(folder / "last.pth"), experiment="other", data=leaking)
@@ -156,6 +164,12 @@ def test_a_look_alone_does_not_touch_a_run(run, leaking):
         and "--experiment NAME" in said
     )
     assert {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["--eval", "--resume"])
+def test_a_look_alone_does_nothing_else(leaking, option):
+    code, said = call_main("--check-data", option, "best.pth", leaking)
+    assert code == 2 and "--check-data only looks at the images: it does not go with --eval or --resume" in said
 
 
 def test_data_sets_with_a_name_are_looked_at_when_asked():
