@@ -97,6 +97,12 @@ def test_without_a_split_the_images_are_divided(table):
     assert set(sides(table(*lines))) == {"train", "val"}
 
 
+@pytest.mark.parametrize("option", ["--train-split", "--val-split"])
+def test_a_split_that_a_table_without_splits_cannot_have_is_refused(table, option):
+    with pytest.raises(RunError, match=f"{option} is fold1, but .*table.csv has no column split"):
+        sides(table("path,label", *GOOD), option, "fold1")
+
+
 GOOD = ["digits/1.png,odd", "digits/2.png,even", "digits/3.png,odd", "digits/4.png,even"]
 
 

@@ -50,7 +50,7 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
         items = _take_classes(items, options, class_names, whole)
     if whole.is_file() and options.eval and options.val_split == ".":
         items = [item._replace(side="val") for item in items]
-    elif whole.is_file() and items[0].side:
+    elif whole.is_file():
         items = _rename_sides(items, options, whole)
     if kept and kept.exists() and not (options.eval and items[0].side):
         items = _take_sides(items, kept, options)
@@ -82,7 +82,16 @@ def _take_classes(items: list[Item], options: Data, class_names: list[str], orig
 
 
 def _rename_sides(items: list[Item], options: Options, origin: Path) -> list[Item]:
-    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out."""
+    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out.
+
+    A table without sides stays as it is.
+    """
+    if not items[0].side:
+        asked = {"val": options.val_split} if options.eval else {"train": options.train_split, "val": options.val_split}
+        for side, name in asked.items():
+            if name not in SPLITS[side]:
+                raise RunError(f"--{side}-split is {name}, but {origin} has no column split")
+        return items
     found = {item.side.lower() for item in items}
     # val comes first, because an evaluation may take the training images for it
     names = {"val": set(synonyms(options.val_split)), "train": set(synonyms(options.train_split))}
