@@ -38,19 +38,19 @@ class ImageData:
 def open_data(options: Options, process: Process, kept: Path | None) -> ImageData:
     """The images that the options name; training ones that are copies of validation images are left out.
 
-    `kept` is the folder of the run that goes on: it has been looked at, and its split stays.
+    `kept` is the folder of the run that goes on: its split stays, and the images are not looked at again unless their
+    paths have changed.
     """
     items = process.on_primary(lambda: divide(options, kept and kept / SPLIT))
     with process.first_on_machine():
         train, val = (open_source(options, train, items) for train in (True, False))
     check_apart(train, val)
     class_names = check_classes(train, val, options)
-    findings = None
-    if kept:
-        copies = read_copies(kept / DUPLICATES)
-    else:
-        findings = process.on_primary(lambda: _look(options, train, val))
-        copies = {each.path for each in findings.duplicates if each.leaks} if findings else set()
+    copies = read_copies(kept / DUPLICATES) if kept else set()
+    moved = copies and isinstance(train, Source) and copies.isdisjoint(image_names(train))
+    findings = process.on_primary(lambda: _look(options, train, val)) if moved or not kept else None
+    if findings:
+        copies = {each.path for each in findings.duplicates if each.leaks}
     if copies and isinstance(train, Source) and not options.check_data:
         train = leave_out(train, copies)
     return ImageData(train, val, class_names, items, findings)

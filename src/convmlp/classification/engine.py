@@ -105,13 +105,18 @@ def _build_trainer(
 
 def check_data(options: Options) -> None:
     """Look at the images, and say what was found; with --output also write duplicates.csv."""
+    folder = run_folder(options)
+    if options.output and _holds_run(folder):
+        raise RunError(
+            f"{folder} holds a run, which keeps its {SPLIT} and {DUPLICATES}; give another --experiment NAME"
+        )
     process = start_process(options.device)
     data = open_data(options, process, None)
     if process.primary and data.findings:
         _logger.info(data.findings.table())
         if options.output:
-            make_folder(run_folder(options))
-            data.write(run_folder(options))
+            make_folder(folder)
+            data.write(folder)
 
 
 def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
@@ -172,16 +177,19 @@ def _find_resumable(options: Options, folder: Path) -> tuple[Path, dict[str, Any
         return found
     source = Path(options.resume) if options.resume and options.resume != "auto" else None
     continues_there = source is not None and source.resolve().parent == folder.resolve()
-    holds_a_run = any((folder / name).exists() for name in (LAST, PREVIOUS, BEST))
-    if holds_a_run and not continues_there and not options.overwrite:
+    if _holds_run(folder) and not continues_there and not options.overwrite:
         raise RunError(
             f"{folder} holds a run; --resume auto continues it, --overwrite or --experiment NAME starts anew"
         )
     return (source, read_training_checkpoint(source)) if source else None
 
 
+def _holds_run(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (LAST, PREVIOUS, BEST))
+
+
 def _claim_folder(folder: Path, resumed: Path | None) -> None:
-    """Remove what an earlier run left, unless it is continued, and bring the best checkpoint of the one that is."""
+    """Remove what an earlier run left, unless it is continued; bring what the one that is needs from its folder."""
     if resumed and resumed.resolve().parent == folder.resolve():
         return
     for name in (*WRITTEN, PREVIOUS, NONFINITE, SPLIT, DUPLICATES):
@@ -189,3 +197,5 @@ def _claim_folder(folder: Path, resumed: Path | None) -> None:
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     if resumed:
         adopt_best(resumed, folder)
+        if resumed.with_name(DUPLICATES).exists():
+            shutil.copy(resumed.with_name(DUPLICATES), folder)

@@ -253,6 +253,8 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
             rule = f"{name} takes one value or one a channel ({self.in_chans}), got {values}"
             require(values is None or len(values) in (1, self.in_chans), rule)
         require(not (self.eval and self.resume), "--eval evaluates and --resume trains: give one of them")
+        rule = "--check-data only looks at the images: it does not go with --eval or --resume"
+        require(not (self.check_data and (self.eval or self.resume)), rule)
         rule = f"--train-split and --val-split are both {self.val_split}: what is trained on cannot validate"
         require(self.eval or self.train_split != self.val_split, rule)
         rule = "--recipe counts the images first, and streamed data cannot be counted: give a config, -c FILE"

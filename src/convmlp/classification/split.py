@@ -47,16 +47,18 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
     multi = options.multi_label
     items = read_table(whole, multi) if whole.is_file() else list_folder(whole, options, class_names)
     if class_names:
-        items = [item for item in items if {*labels_of(item, multi)} <= {*class_names}]
+        items = _take_classes(items, options, class_names, whole)
     if whole.is_file() and options.eval and options.val_split == ".":
         items = [item._replace(side="val") for item in items]
-    elif whole.is_file() and items[0].side:
+    elif whole.is_file():
         items = _rename_sides(items, options, whole)
     if kept and kept.exists() and not (options.eval and items[0].side):
         items = _take_sides(items, kept, options)
     origin = data_path(options)
     if options.eval and items[0].side:
         items = [item for item in items if item.side == "val"]
+        if not items:
+            raise RunError(f"{kept} has no validation image among those of {origin}; --val-split . takes all images")
     check_files(items, origin)
     if not items[0].side:
         items = split_by_content(items, options, origin)
@@ -67,10 +69,32 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
     return items
 
 
+def _take_classes(items: list[Item], options: Data, class_names: list[str], origin: Path) -> list[Item]:
+    """The images all of whose labels are classes of --class-map."""
+    taken = [item for item in items if {*labels_of(item, options.multi_label)} <= {*class_names}]
+    if not taken:
+        raise RunError(f"{origin} has no image of the classes in {options.class_map}: {some(class_names, 5)}")
+    if len(taken) < len(items):
+        _logger.warning(
+            f"{options.class_map} lacks the classes of {plural(len(items) - len(taken), 'image')} of {origin}"
+        )
+    return taken
+
+
 def _rename_sides(items: list[Item], options: Options, origin: Path) -> list[Item]:
-    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out."""
+    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out.
+
+    A table without sides stays as it is.
+    """
+    if not items[0].side:
+        asked = {"val": options.val_split} if options.eval else {"train": options.train_split, "val": options.val_split}
+        for side, name in asked.items():
+            if name not in SPLITS[side]:
+                raise RunError(f"--{side}-split is {name}, but {origin} has no column split")
+        return items
     found = {item.side.lower() for item in items}
-    names = {"train": set(synonyms(options.train_split)), "val": set(synonyms(options.val_split))}
+    # val comes first, because an evaluation may take the training images for it
+    names = {"val": set(synonyms(options.val_split)), "train": set(synonyms(options.train_split))}
     if not names["val"] & found and options.val_split in SPLITS["val"]:
         names["val"] = {TEST}
     known = {TEST, *names["train"], *names["val"], *(name for split in SPLITS.values() for name in split)}
