@@ -162,9 +162,7 @@ def test_zoo_and_timm_take_the_switches(create):
             create(conv_stages=False)
 
 
-@pytest.mark.parametrize(
-    "create", [convmlp_s, lambda **kw: timm.create_model("convmlp_s", **kw)], ids=["zoo", "timm"]
-)
+@pytest.mark.parametrize("create", [convmlp_s, lambda **kw: timm.create_model("convmlp_s", **kw)], ids=["zoo", "timm"])
 def test_the_blocks_that_replace_bottlenecks_start_as_the_others(create):
     for weight_init, std in (("per_group", (2 / 9) ** 0.5), ("reference", (2 / 9 / 64) ** 0.5)):
         weight = create(conv_stage=False, weight_init=weight_init).conv_stages.blocks[0].connect.weight

@@ -192,7 +192,7 @@ def _claim_folder(folder: Path, resumed: Path | None) -> None:
     """Remove what an earlier run left, unless it is continued; bring what the one that is needs from its folder."""
     if resumed and resumed.resolve().parent == folder.resolve():
         return
-    for name in (*WRITTEN, PREVIOUS, NONFINITE, SPLIT, DUPLICATES):
+    for name in (*WRITTEN, PREVIOUS, NONFINITE):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "tensorboard", ignore_errors=True)
     if resumed:

@@ -22,6 +22,7 @@ from ..common.signals import StopRequest
 from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .batches import seed_all
+from .check import DUPLICATES
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
 from .evaluation import FullBatches, evaluate, log_unreadable, make_predictions
 from .finite import FiniteCheck, find_nonfinite
@@ -32,11 +33,12 @@ from .multilabel import LabelPredictions
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
+from .split import SPLIT
 
 _logger = logging.getLogger(__name__)
 
 WRITTEN = [BEST, LAST, "summary.csv", "args.yaml", "curves.png", "confusion_matrix.png", "predictions.png"]
-WRITTEN += ["per_class.csv"]
+WRITTEN += ["per_class.csv", SPLIT, DUPLICATES]
 
 
 @dataclass(eq=False)
