@@ -22,8 +22,8 @@ from ..common.signals import StopRequest
 from ..weights import extract_state_dict, read_checkpoint
 from . import report
 from .batches import seed_all
-from .check import DUPLICATES
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
+from .data import DUPLICATES, SPLIT
 from .evaluation import FullBatches, evaluate, log_unreadable, make_predictions
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
@@ -33,7 +33,6 @@ from .multilabel import LabelPredictions
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
-from .split import SPLIT
 
 _logger = logging.getLogger(__name__)
 
@@ -71,8 +70,7 @@ class Trainer:
 
         self.epoch = 0
         self.batch = 0  # batches of this epoch that are trained on
-        self.updates = 0
-        self.skipped = 0  # of the updates, those left out for numbers that were not finite
+        self.updates, self.skipped = 0, 0  # the latter are left out for numbers that were not finite
         precise = torch.float32 if process.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=precise, device=process.device)
         self.loss_count = 0
