@@ -91,6 +91,12 @@ def test_an_evaluation_finds_the_same(trained, pairs):
     assert code == 0 and f"mAP {best:.2f} %" in said
 
 
+def test_a_recipe_leaves_out_what_does_not_go_with_several_labels(pairs, tmp_path):
+    words = ["--recipe", "scratch", "--epochs", "1", "--workers", "0", *TINY, "--output", tmp_path]
+    code, said = call_main("--multi-label", *words, pairs)
+    assert code == 0 and "mixup" not in said, said
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

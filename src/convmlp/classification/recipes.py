@@ -115,7 +115,9 @@ def _first_settings(name: str, options: Options, n_images: int, side: int, proce
         "warmup_epochs": 0,
         **recipe.settings,
     }
-    return {key: value for key, value in settings.items() if key != "img_size" or not has_fixed_size(options.model)}
+    others = {"mixup"} if options.multi_label else set()
+    others |= {"img_size"} if has_fixed_size(options.model) else set()
+    return {key: value for key, value in settings.items() if key not in others}
 
 
 def _later_settings(name: str, options: Options, process: Process) -> dict[str, Any]:
