@@ -72,25 +72,33 @@ def test_small_images_that_look_alike_are_not_copies(tmp_path):
     assert look(write(tmp_path / "a", images[:100]), write(tmp_path / "b", images[100:])).duplicates == []
 
 
-def test_images_without_detail_are_copies_only_if_they_are_the_same(tmp_path):
-    black, grey = (Image.new("RGB", (64, 64), (level, level, level)) for level in (0, 3))
-    (duplicate,) = look(write(tmp_path / "a", [black, grey]), write(tmp_path / "b", [black])).duplicates
+def test_images_with_hardly_any_detail_are_copies_only_if_they_are_the_same(tmp_path):
+    pages = [Image.new("L", (64, 64), level) for level in (240, 244)]
+    for page in pages:
+        page.paste(page.getpixel((0, 0)) - 2, (20, 20, 28, 28))
+    (duplicate,) = look(write(tmp_path / "a", pages), write(tmp_path / "b", pages[:1])).duplicates
     assert (duplicate.kind, Path(duplicate.path).name) == ("exact", "0000.png")
 
 
-def test_a_copy_is_of_the_validation_image_where_there_is_one(photos, tmp_path):
-    first, second = sorted(photos.iterdir())[5:7]
-    train = write(tmp_path / "train", [Image.open(first).resize((80, 80)), Image.open(first), Image.open(second)])
-    val = write(tmp_path / "val", [Image.open(first), Image.open(first)])
-    found = [
-        (Path(each.path).name, Path(each.duplicate_of).parent.name, each.kind, each.split, each.duplicate_split)
-        for each in look(train, val).duplicates
+@pytest.mark.parametrize(
+    ("train", "val", "expected"),
+    [
+        ("image", "image", [("0000", "0000", "exact")]),
+        ("image", "small other image", [("0000", "0002", "exact")]),
+        ("small", "image", [("0000", "0000", "near")]),
+        ("image image", "small", [("0000", "0000", "near"), ("0001", "0000", "near")]),
+    ],
+)
+def test_a_copy_is_of_a_validation_image_and_exact_where_there_is_one(photos, tmp_path, train, val, expected):
+    image, other = (Image.open(path) for path in sorted(photos.iterdir())[5:7])
+    known = {"image": image, "other": other, "small": image.resize((80, 80))}
+    sides = [
+        write(tmp_path / side, [known[word] for word in words.split()])
+        for side, words in zip("tv", (train, val), strict=True)
     ]
-    assert found == [
-        ("0001.png", "val", "exact", "val", "val"),
-        ("0000.png", "val", "near", "train", "val"),
-        ("0001.png", "val", "exact", "train", "val"),
-    ]
+    leaks = [each for each in look(*sides).duplicates if each.split == "train"]
+    assert all(each.leaks for each in leaks)
+    assert [(Path(each.path).stem, Path(each.duplicate_of).stem, each.kind) for each in leaks] == expected
 
 
 def test_copies_within_a_side_do_not_leak(photos, tmp_path):
