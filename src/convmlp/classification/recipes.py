@@ -59,7 +59,7 @@ def apply_recipe(
     """
     if kept:
         return replace(parse_options(argv, base=kept), resume=options.resume, overwrite=options.overwrite)
-    [(name, side)] = process.gather((_choose_recipe(options, argv), _median_side(source)))[:1]
+    name, side = process.on_primary(lambda: (_choose_recipe(options, argv), _median_side(source)))
     settings = _first_settings(name, options, len(source), side, process)
     settings |= _later_settings(name, parse_options(argv, base=settings), process)
     chosen = parse_options(argv, base=settings)
