@@ -49,8 +49,8 @@ def test_names_that_differ_in_case_alone_are_two_classes_in_a_fixed_order(tmp_pa
 
 
 def test_undivided_images_are_found_whatever_the_classes_are_called(tmp_path):
-    def undivided(name):
-        return find_undivided(parse_options([str(tmp_path / name)]))
+    def undivided(name, *arguments):
+        return find_undivided(parse_options([*arguments, str(tmp_path / name)]))
 
     write(tmp_path, "both/train/a/1.png", "both/valid/a/1.png")
     write(tmp_path, "half/train/a/1.png", "half/notes/1.png")
@@ -59,6 +59,7 @@ def test_undivided_images_are_found_whatever_the_classes_are_called(tmp_path):
     assert undivided("both") is None
     assert undivided("half") == tmp_path / "half" / "train"
     assert undivided("whole") == tmp_path / "whole"
+    assert undivided("whole", "--train-split", "fold1") is undivided("half", "--val-split", "fold2") is None
     assert undivided("railway") == tmp_path / "railway"
 
 
