@@ -124,7 +124,7 @@ FLOORS = (
     ("zoo",),
     ("timm_models", "torchvision_detection", "deploy"),
     ("use", "classification", "openmmlab"),
-    ("doctor",),
+    ("doctor", "train"),
     ("cli",),
 )
 FLOOR_OF = {part: number for number, parts in enumerate(FLOORS) for part in parts}
