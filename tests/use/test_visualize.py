@@ -62,7 +62,7 @@ def test_the_activation_map_is_grad_cam(make_classifier, image):
     assert cam.max() > 0
     coarse = np.asarray(Image.fromarray(heat).resize((4, 4), Image.Resampling.BOX))
     assert np.corrcoef(coarse.ravel(), cam.ravel())[0, 1] > 0.95
-    assert np.unravel_index(coarse.argmax(), (4, 4)) == np.unravel_index(cam.argmax(), (4, 4))
+    assert cam.ravel()[coarse.argmax()] > 0.9 * cam.max()  # of random weights, two places may be nearly equal
 
 
 def test_a_map_of_one_place_is_refused_and_leaves_no_hooks(make_classifier, image):

@@ -16,7 +16,7 @@ from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from .batches import seed_all
 from .check import DUPLICATES
-from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, find_newest, read_training_checkpoint, restore
+from .checkpoints import BEST, LAST, PREVIOUS, adopt_best, as_begun, find_newest, read_training_checkpoint, restore
 from .data import ImageData, open_data
 from .evaluation import evaluate, log_unreadable, make_predictions
 from .finite import NONFINITE
@@ -64,6 +64,8 @@ def train(options: Options, argv: list[str]) -> None:
         options = replace(options, resume="auto", overwrite=False)
     lock = lock_folder(folder) if process.primary and (folder / HOLDER).exists() else None
     resumed = _find_resumable(options, folder)
+    if resumed:
+        options = as_begun(options, resumed[1])
     ExternalLogs.check(options)
     data = open_data(options, process, resumed[0].parent if resumed else None)
     if options.recipe:
