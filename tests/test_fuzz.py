@@ -1,6 +1,7 @@
 """Whatever comes in, what comes out is right or one documented error: options, models, checkpoints, images, calls."""
 
 import io
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
