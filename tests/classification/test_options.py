@@ -152,6 +152,28 @@ def test_arguments_of_the_model_survive_a_config(tmp_path, kwargs):
     assert parse_options(["-c", str(path)]).model_kwargs == kwargs
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kwargs"),
+    [
+        (["--model", "convmlp_m"], {"weight_init": "reference"}),
+        (["--model-kwargs", "n_conv_blocks=1"], {"weight_init": "reference", "n_conv_blocks": 1}),
+        (["--model-kwargs", "weight_init=per_group"], {"weight_init": "per_group"}),
+        (["--model", "resnet50"], {}),
+        (["--model", "resnet50", "--model-kwargs", "zero_init_last=False"], {"zero_init_last": False}),
+    ],
+)
+def test_arguments_of_the_model_add_up_but_those_of_convmlp_are_not_for_other_models(tmp_path, arguments, kwargs):
+    recipe, own = str(CONFIGS / "convmlp_s_imagenet.yml"), tmp_path / "own.yml"
+    assert parse_options(["-c", recipe, *arguments]).model_kwargs == kwargs
+    given, stored = parse_options(arguments), parse_options(["-c", recipe]).stored()
+    assert parse_options(arguments, stored).model_kwargs == kwargs
+    values = {"model": given.model, "model_kwargs": given.model_kwargs}
+    own.write_text(yaml.safe_dump(values))
+    assert parse_options(["-c", str(own)], stored).model_kwargs == kwargs
+    own.write_text(yaml.safe_dump({**values, "base": recipe}))
+    assert parse_options(["-c", str(own)]).model_kwargs == kwargs
+
+
 @pytest.mark.parametrize("text", ["conv_stage", "=1", "a=", "a=[1"])
 def test_an_argument_of_the_model_without_name_or_value_is_named(text):
     with pytest.raises(RunError, match=r"--model-kwargs: (it takes KEY=VALUE, got|\[1 is not a value)"):

@@ -18,7 +18,7 @@ import yaml
 from ..common.command import Parser
 from ..common.configs import find_config
 from ..common.errors import RunError, one_line, suggest
-from .settings import GROUPS, Options, flag_of, keywords, numbers, require
+from .settings import GROUPS, Model, Options, flag_of, keywords, numbers, require
 
 POSITIONAL = "data"
 
@@ -93,8 +93,10 @@ def parse_options(argv: list[str], base: dict[str, Any] | None = None) -> Option
         _apply(parser, base, values, "the checkpoint's settings")
     if config:
         path = find_config(config, "classification")
-        _apply(parser, load_config(path), values, str(path))
-    settings = vars(parser.parse(argv, values))
+        _apply(parser, _overlay(base or {}, load_config(path)), values, str(path))
+    lower = {**vars(values)}
+    values.model_kwargs = {}  # so that those that come back are the command line's
+    settings = _overlay(lower, vars(parser.parse(argv, values)))
     settings["data_dir"] = settings.pop(POSITIONAL) or settings["data_dir"]
     if settings["amp"] is None:
         settings["amp"] = not settings["eval"]
@@ -125,7 +127,19 @@ def load_config(path: Path, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         found = beside if os.path.isfile(beside) else find_config(str(base), "classification")
     except RunError as error:
         raise RunError(f"{path}: base: {error}") from error
-    return load_config(found, (*_seen, place)) | values
+    return _overlay(load_config(found, (*_seen, place)), values)
+
+
+def _overlay(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+    """Values over other values. Arguments of the model add up, unless one model is a ConvMLP and the other is not."""
+    from ..zoo import variant_of  # takes PyTorch, which --help does without
+
+    values = lower | upper
+    is_ours = [variant_of(str(each.get("model") or Model.model)) is not None for each in (lower, values)]
+    below, above = lower.get("model_kwargs"), upper.get("model_kwargs", {})
+    if isinstance(below, dict) and isinstance(above, dict):
+        values["model_kwargs"] = below | above if is_ours[0] == is_ours[1] else above
+    return values
 
 
 def _apply(parser: Parser, values: dict[str, Any], options: argparse.Namespace, name: str) -> None:
