@@ -105,8 +105,9 @@ def test_multiply_adds_at_224_are_the_published_ones(variant, gmacs):
 
 
 @torch.no_grad()
-def test_initialisation_is_the_references():
-    for name, module in convmlp.convmlp_s().named_modules():
+@pytest.mark.parametrize("weight_init", ["per_group", "reference"])
+def test_initialisation_is_the_references_but_for_depthwise_convolutions(weight_init):
+    for name, module in convmlp.convmlp_s(weight_init=weight_init).named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             assert weight.eq(1).all() and module.bias.eq(0).all(), name
@@ -115,11 +116,42 @@ def test_initialisation_is_the_references():
                 std = 0.02
                 assert module.bias.eq(0).all(), name
             else:  # Kaiming's, fan out, which PyTorch does not divide by the groups
-                std = math.sqrt(2 / (module.out_channels * module.kernel_size[0] ** 2))
+                groups = 1 if weight_init == "reference" else module.groups
+                std = math.sqrt(2 * groups / (module.out_channels * module.kernel_size[0] ** 2))
                 assert module.bias is None or 0 < module.bias.abs().max() <= weight[0].numel() ** -0.5, name
             tolerance = 6 / math.sqrt(weight.numel())
             assert float(weight.std(correction=0)) == pytest.approx(std, rel=tolerance), name
             assert abs(weight.mean()) < tolerance * std, name
+
+
+@torch.no_grad()
+def test_all_but_the_depthwise_convolutions_start_alike():
+    models = []
+    for weight_init in ("per_group", "reference"):
+        torch.manual_seed(0)
+        models.append(ConvMLP(**TINY, weight_init=weight_init).state_dict())
+    assert all(models[0][name].equal(models[1][name]) != name.endswith("connect.weight") for name in models[0])
+
+
+def block_scales(model: ConvMLP) -> torch.Tensor:
+    """Std of each block's output, and norm of the gradient of its depthwise convolution over the norm of that."""
+    blocks = [module for module in model.modules() if isinstance(module, ConvMLPBlock)]
+    stds: list[float] = []
+    for block in blocks:
+        block.register_forward_hook(lambda module, args, output: stds.append(float(output.detach().std())))
+    nn.functional.cross_entropy(model.train()(image(8, 3, 32, 32)), torch.arange(8)).backward()
+    weights = [block.connect.weight for block in blocks]
+    return torch.tensor([stds, [float(w.grad.norm() / w.detach().norm()) for w in weights]])
+
+
+@each_variant
+def test_signal_and_gradient_keep_their_scale_through_all_blocks(variant):
+    for weight_init, held in (("per_group", True), ("reference", False)):
+        torch.manual_seed(0)
+        stds, gradients = block_scales(build(variant, num_classes=10, weight_init=weight_init))
+        assert len(stds) == sum(BLOCKS[variant])
+        assert ((0.4 < stds) & (stds < 2.5)).eq(held).all(), stds
+        assert (gradients < 0.1).eq(held).all(), gradients
 
 
 # Numbers
@@ -622,6 +654,7 @@ def test_unknown_keywords_are_refused(variant):
         dict(drop_path_rate=-0.1),
         dict(global_pool="mean"),
         dict(global_pool=""),
+        dict(weight_init="kaiming"),
     ],
     ids=str,
 )

@@ -162,6 +162,13 @@ def test_zoo_and_timm_take_the_switches(create):
             create(conv_stages=False)
 
 
+@pytest.mark.parametrize("create", [convmlp_s, lambda **kw: timm.create_model("convmlp_s", **kw)], ids=["zoo", "timm"])
+def test_the_blocks_that_replace_bottlenecks_start_as_the_others(create):
+    for weight_init, std in (("per_group", (2 / 9) ** 0.5), ("reference", (2 / 9 / 64) ** 0.5)):
+        weight = create(conv_stage=False, weight_init=weight_init).conv_stages.blocks[0].connect.weight
+        assert float(weight.detach().std()) == pytest.approx(std, rel=0.2)
+
+
 @pytest.mark.parametrize("name", ["conv_stage", "conv_downsample", "spatial_connect", "output_stride"])
 def test_the_class_has_the_arguments_of_the_paper_alone(name):
     with pytest.raises(TypeError, match=name):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from .layers import ConvMLPStage, ConvStage, Tokenizer
 
 POOLINGS = ("avg", "max", "avgmax", "")
+WEIGHT_INITS = ("per_group", "reference")
 
 
 class ConvMLP(nn.Module):
@@ -30,9 +32,11 @@ class ConvMLP(nn.Module):
         global_pool: 'avg', 'max', 'avgmax' (their mean), or '' with num_classes=0 for the unpooled map.
         final_norm: LayerNorm after the last stage. By default it comes and goes with the head, as in the
             reference; True keeps it without one, as timm's users expect of num_classes=0.
+        weight_init: 'per_group' starts the depthwise convolutions so that signal and gradient keep their scale;
+            'reference' starts them sqrt(dim) times smaller, as the paper's code does. See docs/initialisation.md.
 
     Raises:
-        ValueError: sequences of unequal length, a value out of range, or an unknown pooling.
+        ValueError: sequences of unequal length, a value out of range, an unknown pooling or initialisation.
         TypeError: a value of another type than above.
         RuntimeError: in forward, PyTorch's own, an input of other channels than `in_chans`.
     """
@@ -51,6 +55,7 @@ class ConvMLP(nn.Module):
         drop_path_rate: float = 0.1,
         global_pool: str = "avg",
         final_norm: bool | None = None,
+        weight_init: str = "per_group",
     ):
         super().__init__()
         blocks, dims, mlp_ratios = tuple(blocks), tuple(dims), tuple(mlp_ratios)
@@ -65,11 +70,14 @@ class ConvMLP(nn.Module):
             raise ValueError(f"a count is out of range, got {blocks=}, {n_conv_blocks=}, {num_classes=}, {in_chans=}")
         if not (0 <= drop_rate < 1 and 0 <= drop_path_rate < 1):
             raise ValueError(f"rates must be at least 0 and below 1, got {drop_rate=}, {drop_path_rate=}")
+        if weight_init not in WEIGHT_INITS:
+            raise ValueError(f"weight_init must be one of {', '.join(map(repr, WEIGHT_INITS))}, got {weight_init=}")
         if not classifier_head:
             num_classes = 0
         self.in_chans = in_chans
         self.mlp_ratios = mlp_ratios
         self.drop_path_rate = drop_path_rate
+        self.weight_init = weight_init
         self.num_features = self.head_hidden_size = dims[-1]
         self.classifier_head = classifier_head
         self.feature_info = _feature_info(channels, dims)
@@ -83,7 +91,7 @@ class ConvMLP(nn.Module):
         has_norm = num_classes > 0 if final_norm is None else final_norm
         self.norm = nn.LayerNorm(dims[-1]) if has_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.apply(init_weights)
+        self.apply(partial(init_weights, weight_init=weight_init))
         self._set_head(num_classes, global_pool)
 
     def _set_head(self, num_classes: int, global_pool: str) -> None:
@@ -253,13 +261,15 @@ def _feature_info(channels: int, dims: Sequence[int]) -> list[dict[str, Any]]:
     ]
 
 
-def init_weights(module: nn.Module) -> None:
-    """The reference's initialisation; convolution biases keep PyTorch's default."""
+def init_weights(module: nn.Module, weight_init: str = "reference") -> None:
+    """The initialisation of a layer, see `ConvMLP`; convolution biases keep PyTorch's default."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Conv2d):
-        nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        # Fan out over all groups is dim times too large for a depthwise convolution, whose fan in is its true fan out
+        depthwise = module.groups > 1 and weight_init != "reference"
+        nn.init.kaiming_normal_(module.weight, mode="fan_in" if depthwise else "fan_out", nonlinearity="relu")
 
 
 # The paper's variants

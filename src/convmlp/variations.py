@@ -1,5 +1,6 @@
 """Variations of a finished ConvMLP: convolutions switched off, down to Pure-MLP, and dilated maps."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ def ablate(
         if channels * mlp_ratio < 1:
             raise ValueError(f"widths must not be empty, got {channels=}, {mlp_ratio=}")
         model.tokenizer = PatchMerging(model.in_chans, channels, 4)
-        model.conv_stages = ConvMLPStage(channels, dim, n_blocks, mlp_ratio, model.drop_path_rate).apply(init_weights)
+        model.conv_stages = ConvMLPStage(channels, dim, n_blocks, mlp_ratio, model.drop_path_rate)
+        model.conv_stages.apply(partial(init_weights, weight_init=model.weight_init))
     replaced: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not spatial_connect and isinstance(module, ConvMLPBlock):

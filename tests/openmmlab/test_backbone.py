@@ -115,8 +115,9 @@ def test_with_cp_gives_the_same_gradients():
     torch.testing.assert_close(*gradients)
 
 
-def test_drop_path_rate_and_in_chans_reach_the_model():
-    backbone = ConvMLPBackbone("convmlp_m", drop_path_rate=0.3, in_chans=1)
+def test_drop_path_rate_in_chans_and_weight_init_reach_the_model():
+    backbone = ConvMLPBackbone("convmlp_m", drop_path_rate=0.3, in_chans=1, weight_init="reference")
+    assert backbone.weight_init == "reference"
     assert backbone.stages[1].blocks[-1].drop_path.drop_prob == 0.3
     assert backbone(torch.zeros(2, 1, 32, 32))[0].shape == (2, 64, 8, 8)
 

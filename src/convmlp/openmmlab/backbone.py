@@ -40,6 +40,7 @@ class ConvMLPBackbone(Freezable, ConvMLP, BaseModule):
         drop_path_rate: Largest stochastic depth rate of a stage.
         in_chans: Channels of the input image.
         output_stride: Largest stride of a map, 8, 16 or 32; see `dilate`. 8 is the `d8` of mmseg's configs.
+        weight_init: How random weights start, 'per_group' or 'reference'; see `ConvMLP`.
         init_cfg: None for random weights, or dict(type='Pretrained', checkpoint=...): 'imagenet' for the published
             weights, or a path or URL. `prefix='backbone.'` takes the backbone out of a detector's checkpoint.
 
@@ -58,12 +59,19 @@ class ConvMLPBackbone(Freezable, ConvMLP, BaseModule):
         drop_path_rate: float = 0.1,
         in_chans: int = 3,
         output_stride: int = 32,
+        weight_init: str = "per_group",
         init_cfg: dict[str, Any] | None = None,
     ):
         settings = variant_settings(arch)
         if init_cfg is not None and (not isinstance(init_cfg, dict) or init_cfg.get("type") != "Pretrained"):
             raise ValueError(f"init_cfg must be None or dict(type='Pretrained', checkpoint=...), got {init_cfg=}")
-        super().__init__(**settings, classifier_head=False, drop_path_rate=drop_path_rate, in_chans=in_chans)
+        super().__init__(
+            **settings,
+            classifier_head=False,
+            drop_path_rate=drop_path_rate,
+            in_chans=in_chans,
+            weight_init=weight_init,
+        )
         dilate(self, output_stride)
         check_choice(self, out_indices, frozen_stages)
         parts = self.parts()
