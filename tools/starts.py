@@ -1,7 +1,7 @@
 """How ConvMLP starts: signal and gradient at step 0, and what it learns with and without a warm-up.
 
     python tools/starts.py [--models convmlp_s ...] [--sizes 32 ...] [--seeds 0 1 2]
-    python tools/starts.py CLOTHES [--models convmlp_s ...] [--sizes 32 ...] [--warmup 0 1] [--seeds 0 1 2] [--epochs 4]
+    python tools/starts.py CLOTHES [--models convmlp_s ...] [--sizes 32 ...] [--warmup 0 1] [--epochs 4] [--lr 1e-3]
 
 The starts differ in the depthwise convolutions of the Conv-MLP blocks alone. The first call feeds noise to each, in
 training mode. The second makes an image folder of the first 2000 and 500 images of Fashion-MNIST, and runs
@@ -29,7 +29,7 @@ from convmlp.layers import ConvMLPBlock
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 10
 IMAGES = {"train": ("train", 2000), "val": ("t10k", 500)}
-OPTIONS = "--batch-size 64 --lr 1e-3 --scale 0.7 1 --workers 0 --no-amp --resume auto".split()
+OPTIONS = "--batch-size 64 --scale 0.7 1 --workers 0 --no-amp --resume auto".split()
 STARTS = {  # from normal noise of the weight's shape, (dim, 1, 3, 3)
     "reference": lambda noise: noise * math.sqrt(2 / (9 * len(noise))),
     "per_group": lambda noise: noise * math.sqrt(2 / 9),
@@ -93,6 +93,7 @@ def train(variant: str, size: int, warmup: int, start: str, seed: int, options: 
     command = [sys.executable, str(ROOT / "classification.py"), *OPTIONS, "--output", str(options.output)]
     command += ["--experiment", name, "--model", variant, "--initial-checkpoint", str(weights), "--seed", str(seed)]
     command += ["--img-size", str(size), "--warmup-epochs", str(warmup), "--epochs", str(options.epochs)]
+    command += ["--lr", str(options.lr)]
     if subprocess.run([*command, str(options.output / "images")]).returncode:
         sys.exit(f"starts.py: {name} failed")
     with open(options.output / name / "summary.csv", newline="") as file:
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, default=Path("output/starts"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)

@@ -142,7 +142,7 @@ def _overlay(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     if isinstance(below, dict) and isinstance(above, dict):
         from ..zoo import variant_of  # which takes PyTorch, and --help should not
 
-        is_ours = [variant_of(str(each.get("model", Model.model))) is not None for each in (lower, values)]
+        is_ours = [variant_of(str(each.get("model") or Model.model)) is not None for each in (lower, values)]
         values["model_kwargs"] = below | above if is_ours[0] == is_ours[1] else above
     return values
 
