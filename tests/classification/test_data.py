@@ -111,6 +111,14 @@ def test_training_images_that_are_all_copies_are_refused(run, pictures):
     assert code == 2 and "every training image is a copy of a validation image" in said and not folder.exists()
 
 
+def test_a_class_whose_training_images_are_all_copies_is_named(run, pictures):
+    shutil.rmtree(pictures / "train" / "digit1")
+    shutil.copytree(pictures / "val" / "digit1", pictures / "train" / "digit1")
+    code, said, folder = run(data=pictures)
+    assert code == 2 and "every training image of digit1 is a copy of a validation image" in said
+    assert not folder.exists()
+
+
 def test_very_many_images_are_looked_at_only_when_asked(run, leaking, monkeypatch):
     monkeypatch.setattr("convmlp.classification.data.MOST_IMAGES", 40)
     code, said, folder = run("--epochs", "1", data=leaking)

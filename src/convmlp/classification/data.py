@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..common.errors import RunError, plural
+from ..common.errors import RunError, plural, some
 from .check import DUPLICATES, MOST_IMAGES, Duplicate, Findings, image_names, look, write_duplicates
 from .folders import Item
 from .process import Process
@@ -85,11 +85,16 @@ def read_copies(path: Path) -> set[str]:
 
 
 def leave_out(train: Source, copies: set[str]) -> Source:
-    """The training images without these."""
+    """The training images without these; `RunError` if no image of a class would be left."""
     stays = [index for index, name in enumerate(image_names(train)) if name not in copies]
     n_left_out = len(train) - len(stays)
     if not stays:
         raise RunError("every training image is a copy of a validation image")
+    targets = train.targets()
+    emptied = [] if targets is None else sorted({*targets.tolist()} - {*targets[stays].tolist()})
+    if emptied:
+        names = some(train.class_names[number] for number in emptied)
+        raise RunError(f"every training image of {names} is a copy of a validation image")
     if n_left_out:
         example = next(name for name in image_names(train) if name in copies)
         _logger.info(f"{plural(n_left_out, 'training image')} left out, copies of validation images, such as {example}")
