@@ -1,4 +1,4 @@
-"""Data of a run: the sides have no image in common, and what was looked at stays as it was."""
+"""Data of a run: the splits have no image in common, and what was looked at stays as it was."""
 
 import csv
 import shutil
@@ -55,13 +55,13 @@ def test_validation_images_that_are_links_to_training_images_are_refused(run, pi
     assert not folder.exists()
 
 
-def test_a_table_with_one_image_on_both_sides_is_refused(run, images, tmp_path):
+def test_a_table_with_one_image_in_both_splits_is_refused(run, images, tmp_path):
     rows = [(path, path.parent.name, path.parts[-3]) for path in sorted(images.glob("*/*/*.png"))]
     rows.append((images / "val" / ".." / "train" / rows[0][1] / rows[0][0].name, rows[0][1], "val"))
     table = tmp_path / "table.csv"
     table.write_text("\n".join(["path,label,split", *(",".join(map(str, row)) for row in rows)]))
     code, said, folder = run(data=table)
-    assert code == 2 and "is there twice, with the sides train and val" in said and not folder.exists()
+    assert code == 2 and "is there twice, with the splits train and val" in said and not folder.exists()
 
 
 # Copies of validation images

@@ -33,9 +33,9 @@ def digits(tmp_path):
 
 
 def split(root, *arguments):
-    """The items of DATA on either side."""
+    """The items of DATA in either split."""
     items = divide(parse_options([*arguments, str(root)]))
-    return {side: [item for item in items if item.side == side] for side in ("train", "val")}
+    return {split: [item for item in items if item.split == split] for split in ("train", "val")}
 
 
 def contents(items):
@@ -50,18 +50,18 @@ def rows_of(path):
 # Sides by content
 
 
-def test_images_keep_their_sides_when_others_come_and_names_change(digits):
-    before = {side: contents(items) for side, items in split(digits).items()}
+def test_images_keep_their_split_when_others_come_and_names_change(digits):
+    before = {split: contents(items) for split, items in split(digits).items()}
     for number, file in enumerate(sorted(digits.glob("*/*.png"))):
         file.rename(file.with_name(f"{(7 * number) % 120}.png"))
     (digits / "digit1").rename(digits / "one")
     write_digits(digits, 40, 80, classes=(0, 2))
-    after = {side: contents(items) for side, items in split(digits).items()}
+    after = {split: contents(items) for split, items in split(digits).items()}
     assert len(after["train"]) > len(before["train"]) and before["train"] < after["train"]
     assert len(after["val"]) > len(before["val"]) and before["val"] < after["val"]
 
 
-def test_files_of_the_same_content_are_on_the_same_side(digits):
+def test_files_of_the_same_content_are_in_the_same_split(digits):
     for file in digits.glob("*/*.png"):
         shutil.copy(file, file.with_stem(f"copy of {file.stem}"))
     found = split(digits)
@@ -70,7 +70,7 @@ def test_files_of_the_same_content_are_on_the_same_side(digits):
 
 
 @pytest.mark.parametrize("share", ["0.000001", "0.999999"])
-def test_each_class_is_on_both_sides_whatever_the_share(digits, share):
+def test_each_class_is_in_both_splits_whatever_the_share(digits, share):
     few, many = sorted(split(digits, "--val-share", share).values(), key=len)
     assert sorted(item.label for item in few) == ["digit0", "digit1", "digit2"] and len(many) == 117
 

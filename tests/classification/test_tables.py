@@ -28,11 +28,11 @@ def table(tmp_path):
 def lines_of(*split):
     """Lines of images 1 to 8, which are odd and even in turn, with their splits."""
     labelled = [f"digits/{n}.png,{('even', 'odd')[n % 2]}" for n in range(1, 9)]
-    return ["path,label,split", *(f"{line},{side}" for line, side in zip(labelled, split, strict=True))]
+    return ["path,label,split", *(f"{line},{split}" for line, split in zip(labelled, split, strict=True))]
 
 
-def sides(path, *arguments):
-    return [item.side for item in divide(parse_options([*arguments, str(path)]))]
+def splits(path, *arguments):
+    return [item.split for item in divide(parse_options([*arguments, str(path)]))]
 
 
 @pytest.mark.parametrize(
@@ -76,31 +76,31 @@ def test_parquet_is_read(table, tmp_path):
 
 
 def test_the_column_split_says_what_validates(table):
-    assert sides(table(*lines_of(*["train"] * 6, "val", "val"))) == ["train"] * 6 + ["val"] * 2
-    assert sides(table(*lines_of(*["Validation"] * 2, *["Training"] * 6))) == ["val"] * 2 + ["train"] * 6
+    assert splits(table(*lines_of(*["train"] * 6, "val", "val"))) == ["train"] * 6 + ["val"] * 2
+    assert splits(table(*lines_of(*["Validation"] * 2, *["Training"] * 6))) == ["val"] * 2 + ["train"] * 6
 
 
 def test_a_test_split_is_left_out_or_validates_where_nothing_else_does(table, caplog):
     caplog.set_level("INFO", "convmlp")
-    assert sides(table(*lines_of(*["train"] * 4, "val", "val", "test", "test"))) == ["train"] * 4 + ["val"] * 2
+    assert splits(table(*lines_of(*["train"] * 4, "val", "val", "test", "test"))) == ["train"] * 4 + ["val"] * 2
     assert "2 images of test left out" in caplog.text
-    assert sides(table(*lines_of(*["train"] * 4, *["test"] * 4))) == ["train"] * 4 + ["val"] * 4
+    assert splits(table(*lines_of(*["train"] * 4, *["test"] * 4))) == ["train"] * 4 + ["val"] * 4
 
 
 def test_options_name_other_splits(table):
     path = table(*lines_of("a", "a", "a", "a", "b", "b", "train", "train"))
-    assert sides(path, "--train-split", "a", "--val-split", "b") == ["train"] * 4 + ["val"] * 2
+    assert splits(path, "--train-split", "a", "--val-split", "b") == ["train"] * 4 + ["val"] * 2
 
 
 def test_without_a_split_the_images_are_divided(table):
     lines = [line.rpartition(",")[0] for line in lines_of(*[""] * 8)]
-    assert set(sides(table(*lines))) == {"train", "val"}
+    assert set(splits(table(*lines))) == {"train", "val"}
 
 
 @pytest.mark.parametrize("option", ["--train-split", "--val-split"])
 def test_a_split_that_a_table_without_splits_cannot_have_is_refused(table, option):
     with pytest.raises(RunError, match=f"{option} is fold1, but .*table.csv has no column split"):
-        sides(table("path,label", *GOOD), option, "fold1")
+        splits(table("path,label", *GOOD), option, "fold1")
 
 
 GOOD = ["digits/1.png,odd", "digits/2.png,even", "digits/3.png,odd", "digits/4.png,even"]
@@ -122,7 +122,7 @@ GOOD = ["digits/1.png,odd", "digits/2.png,even", "digits/3.png,odd", "digits/4.p
         (lines_of(*["train"] * 7, ""), "1 image without a split, the first in row 8"),
         (lines_of(*["train"] * 7, "holdout"), "1 image with an unknown split, the first is holdout of"),
         (lines_of(*["train"] * 8), "table.csv has no val images; its splits are train"),
-        ([*lines_of(*["train"] * 6, "val", "val"), "digits/8.png,even,train"], "the sides val and train"),
+        ([*lines_of(*["train"] * 6, "val", "val"), "digits/8.png,even,train"], "the splits val and train"),
         (["path,label,split", *(f"{line},train" for line in GOOD), "digits/5.png,prime,val"], "alone: prime"),
     ],
 )

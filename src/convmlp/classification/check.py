@@ -102,23 +102,23 @@ class _View(NamedTuple):
 def look(train: Source, val: Source) -> Findings:
     """Read all images once, in threads, and find what training should know of them. Thousands take seconds."""
     need("the look at the data", "ImageHash")
-    sides: list[str] = []
+    splits: list[str] = []
     names: list[str] = []
     views: list[_View] = []
     unreadable: list[str] = []
-    for side, source in (("val", val), ("train", train)):
+    for split, source in (("val", val), ("train", train)):
         for name, view in zip(image_names(source), _views(source), strict=True):
             if isinstance(view, str):
                 unreadable.append(f"{name} ({view})")
                 continue
-            sides.append(side)
+            splits.append(split)
             names.append(name)
             views.append(view)
     if not views:
         raise RunError(f"not one image can be read: {some(unreadable, 1)}")
     n_classes = 1 + max((label for view in views for label in view.labels), default=-1)
     classes = train.class_names or [*map(str, range(n_classes))]
-    counted = Counter((side, label) for side, view in zip(sides, views, strict=True) for label in view.labels)
+    counted = Counter((split, label) for split, view in zip(splits, views, strict=True) for label in view.labels)
     counts = {s: {name: counted[s, number] for number, name in enumerate(classes)} for s in ("train", "val")}
     shorter = np.array([min(view.size) for view in views])
     return Findings(
@@ -128,7 +128,7 @@ def look(train: Source, val: Source) -> Findings:
         int(np.median(shorter)),
         max(max(view.size) for view in views),
         unreadable,
-        [Duplicate(names[i], names[j], kind, sides[i], sides[j]) for i, j, kind in _find_copies(views, sides)],
+        [Duplicate(names[i], names[j], kind, splits[i], splits[j]) for i, j, kind in _find_copies(views, splits)],
     )
 
 
@@ -180,7 +180,7 @@ def _features(image: Image.Image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return bits, detail, np.asarray(image, dtype=np.float32).mean((0, 1))
 
 
-def _find_copies(views: Sequence[_View], sides: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+def _find_copies(views: Sequence[_View], splits: Sequence[str]) -> Iterator[tuple[int, int, str]]:
     """(image, an earlier image that it is a copy of, the kind): a validation image where there is one, else exact."""
     first: dict[str, int] = {}
     for number, view in enumerate(views):
@@ -192,7 +192,7 @@ def _find_copies(views: Sequence[_View], sides: Sequence[str]) -> Iterator[tuple
         found = [(original, "exact")] if original != number else []
         found += [(near[original], "near")] if original in near else []
         if found:
-            yield number, *min(found, key=lambda copy: sides[copy[0]] != "val")
+            yield number, *min(found, key=lambda copy: splits[copy[0]] != "val")
 
 
 def _find_near(views: Sequence[_View]) -> dict[int, int]:

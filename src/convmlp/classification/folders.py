@@ -22,11 +22,11 @@ TABLES = (".csv", ".tsv", ".parquet")
 
 
 class Item(NamedTuple):
-    """An image file, its label, and its side: train or val, or nothing before the data is divided."""
+    """An image file, its label, and its split: train or val, or nothing before the data is divided."""
 
     path: str
     label: str
-    side: str = ""
+    split: str = ""
 
 
 def labels_of(item: Item, multi_label: bool) -> list[str]:
@@ -100,7 +100,7 @@ def require_split(options: Data, split: str) -> Path:
 def find_undivided(options: Data) -> Path | None:
     """What holds training and validation images together: a table, class folders, or a train folder without a val one.
 
-    None where each side has its own folder or tar file, or where one was asked for that is not there.
+    None where each split has its own folder or tar file, or where one was asked for that is not there.
     """
     root = data_path(options)
     if root.is_file():

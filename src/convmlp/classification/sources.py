@@ -192,7 +192,7 @@ def open_source(options: Options, train: bool, items: list[Item] | None = None) 
     if items is not None:
         names = names or natural_order(label for item in items for label in labels_of(item, options.multi_label))
         kind = MultiLabelSource if options.multi_label else FileSource
-        return kind([item for item in items if item.side == ("train" if train else "val")], names)
+        return kind([item for item in items if item.split == ("train" if train else "val")], names)
     if options.multi_label:
         raise RunError(f"--multi-label needs a CSV or Parquet file of path and label; {options.data_dir} is a folder")
     if not name:

@@ -28,10 +28,10 @@ Output = TypeVar("Output")
 
 
 def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
-    """The images of DATA with their sides, where one folder or table holds both; else None.
+    """The images of DATA with their splits, where one folder or table holds both; else None.
 
     `kept` is the split.csv of a run that is continued or evaluated. It counts as long as it knows any of the images. An
-    evaluation needs one side alone, and a table that itself names the sides is then taken at its word.
+    evaluation needs one split alone, and a table that itself names the splits is then taken at its word.
 
     Raises:
         RunError: something in DATA is missing or contradicts itself, or cannot be divided.
@@ -49,23 +49,23 @@ def divide(options: Options, kept: Path | None = None) -> list[Item] | None:
     if class_names:
         items = _take_classes(items, options, class_names, whole)
     if whole.is_file() and options.eval and options.val_split == ".":
-        items = [item._replace(side="val") for item in items]
+        items = [item._replace(split="val") for item in items]
     elif whole.is_file():
-        items = _rename_sides(items, options, whole)
-    if kept and kept.exists() and not (options.eval and items[0].side):
-        items = _take_sides(items, kept, options)
+        items = _rename_splits(items, options, whole)
+    if kept and kept.exists() and not (options.eval and items[0].split):
+        items = _take_splits(items, kept, options)
     origin = data_path(options)
-    if options.eval and items[0].side:
-        items = [item for item in items if item.side == "val"]
+    if options.eval and items[0].split:
+        items = [item for item in items if item.split == "val"]
         if not items:
             raise RunError(f"{kept} has no validation image among those of {origin}; --val-split . takes all images")
     check_files(items, origin)
-    if not items[0].side:
+    if not items[0].split:
         items = split_by_content(items, options, origin)
         if options.eval:
             _logger.info("the validation images are evaluated; --val-split . takes all images")
     if not options.eval:
-        _check_sides(items, multi, origin)
+        _check_splits(items, multi, origin)
     return items
 
 
@@ -81,41 +81,41 @@ def _take_classes(items: list[Item], options: Data, class_names: list[str], orig
     return taken
 
 
-def _rename_sides(items: list[Item], options: Options, origin: Path) -> list[Item]:
-    """Sides as a table calls them, to train and val; what is on no side, such as a test set, is left out.
+def _rename_splits(items: list[Item], options: Options, origin: Path) -> list[Item]:
+    """Splits as a table calls them, to train and val; what is in no split, such as a test set, is left out.
 
-    A table without sides stays as it is.
+    A table without splits stays as it is.
     """
-    if not items[0].side:
+    if not items[0].split:
         asked = {"val": options.val_split} if options.eval else {"train": options.train_split, "val": options.val_split}
-        for side, name in asked.items():
-            if name not in SPLITS[side]:
-                raise RunError(f"--{side}-split is {name}, but {origin} has no column split")
+        for split, name in asked.items():
+            if name not in SPLITS[split]:
+                raise RunError(f"--{split}-split is {name}, but {origin} has no column split")
         return items
-    found = {item.side.lower() for item in items}
+    found = {item.split.lower() for item in items}
     # val comes first, because an evaluation may take the training images for it
     names = {"val": set(synonyms(options.val_split)), "train": set(synonyms(options.train_split))}
     if not names["val"] & found and options.val_split in SPLITS["val"]:
         names["val"] = {TEST}
     known = {TEST, *names["train"], *names["val"], *(name for split in SPLITS.values() for name in split)}
-    strange = [item for item in items if item.side.lower() not in known]
+    strange = [item for item in items if item.split.lower() not in known]
     if strange:
         raise RunError(
-            f"{origin}: {plural(len(strange), 'image')} with an unknown split, the first is {strange[0].side} "
+            f"{origin}: {plural(len(strange), 'image')} with an unknown split, the first is {strange[0].split} "
             f"of {strange[0].path}; known are train, val, test, and what --train-split and --val-split name"
         )
-    sides = [next((s for s, known in names.items() if item.side.lower() in known), "") for item in items]
-    renamed = [item._replace(side=side) for item, side in zip(items, sides, strict=True) if side]
+    splits = [next((s for s, known in names.items() if item.split.lower() in known), "") for item in items]
+    renamed = [item._replace(split=split) for item, split in zip(items, splits, strict=True) if split]
     if len(renamed) < len(items):
         others = found - names["train"] - names["val"]
         _logger.info(f"{origin}: {plural(len(items) - len(renamed), 'image')} of {some(sorted(others))} left out")
-    for side in ["val"] if options.eval else ["train", "val"]:
-        if not any(item.side == side for item in renamed):
-            raise RunError(f"{origin} has no {side} images; its splits are {some(sorted(found))}")
+    for split in ["val"] if options.eval else ["train", "val"]:
+        if not any(item.split == split for item in renamed):
+            raise RunError(f"{origin} has no {split} images; its splits are {some(sorted(found))}")
     return renamed
 
 
-def _take_sides(items: list[Item], kept: Path, options: Options) -> list[Item]:
+def _take_splits(items: list[Item], kept: Path, options: Options) -> list[Item]:
     """What an earlier split says, in an evaluation of these images alone; nothing if it knows none of them."""
     known = read_table(kept, options.multi_label)
     paths, known_paths = ({real_path(item.path) for item in each} for each in (items, known))
@@ -129,9 +129,9 @@ def _take_sides(items: list[Item], kept: Path, options: Options) -> list[Item]:
 
 
 def split_by_content(items: list[Item], options: Data, origin: Path) -> list[Item]:
-    """Sides by the hash of each file's content, so that they stay when images are added, renamed or copied.
+    """Splits by the hash of each file's content, so that they stay when images are added, renamed or copied.
 
-    Each class has an image on either side: if need be the one of its smallest hash validates, or that of its largest
+    Each class has an image in either split: if need be the one of its smallest hash validates, or that of its largest
     trains.
 
     Raises:
@@ -157,8 +157,8 @@ def split_by_content(items: list[Item], options: Data, origin: Path) -> list[Ite
             validates[first] = True
         if all(validates[each] for each in own[label]):
             validates[last] = False
-    divided = [item._replace(side="val" if validates[h] else "train") for item, h in zip(items, hashes, strict=True)]
-    n_val = sum(item.side == "val" for item in divided)
+    divided = [item._replace(split="val" if validates[h] else "train") for item, h in zip(items, hashes, strict=True)]
+    n_val = sum(item.split == "val" for item in divided)
     _logger.info(f"{origin} divided by content: {len(items) - n_val} training and {plural(n_val, 'validation image')}")
     return divided
 
@@ -189,11 +189,11 @@ def in_threads(
             bar.update(len(outputs))
 
 
-def _check_sides(items: list[Item], multi_label: bool, origin: Path) -> None:
+def _check_splits(items: list[Item], multi_label: bool, origin: Path) -> None:
     """Make sure that training has all classes, and more than one."""
     labels: dict[str, set[str]] = {"train": set(), "val": set()}
     for item in items:
-        labels[item.side].update(labels_of(item, multi_label))
+        labels[item.split].update(labels_of(item, multi_label))
     alone = natural_order(labels["val"] - labels["train"])
     if alone:
         raise RunError(f"{origin}: {plural(len(alone), 'class')} in the validation images alone: {some(alone)}")
@@ -206,4 +206,4 @@ def _check_sides(items: list[Item], multi_label: bool, origin: Path) -> None:
 
 def write_split(path: Path, items: list[Item]) -> None:
     """split.csv: path, label and split of each image, which can be given as DATA again."""
-    write_table(path, ["path", "label", "split"], ((Path(path).absolute(), *rest) for path, *rest in items))
+    write_table(path, Item._fields, ((Path(path).absolute(), *rest) for path, *rest in items))

@@ -1,4 +1,4 @@
-"""Tables of images, as CSV or Parquet: which image has which label, and perhaps which side it is on."""
+"""Tables of images, as CSV or Parquet: which image has which label, and perhaps which split it is in."""
 
 import csv
 from collections.abc import Iterable
@@ -19,13 +19,13 @@ COLUMNS = {
 
 
 def read_table(path: Path, multi_label: bool = False) -> list[Item]:
-    """The rows of a table, with paths relative to its folder made whole, and the side as the table calls it.
+    """The rows of a table, with paths relative to its folder made whole, and the split as the table calls it.
 
     A row that is there twice counts once.
 
     Raises:
         RunError: it cannot be read, lacks a column, or has a row without a path or label, or one image with two labels
-            or on two sides.
+            or in two splits.
     """
     try:
         titles, rows = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
@@ -46,7 +46,7 @@ def read_table(path: Path, multi_label: bool = False) -> list[Item]:
     known: dict[str, Item] = {}
     for item in items:
         first = known.setdefault(real_path(item.path), item)
-        for key in ("label", "side"):
+        for key in ("label", "split"):
             one, other = getattr(first, key), getattr(item, key)
             if one != other:
                 raise RunError(f"{path}: {item.path} is there twice, with the {key}s {one} and {other}")
@@ -62,8 +62,7 @@ def _check_cells(path: Path, items: list[Item], columns: list[str]) -> None:
     if not items:
         raise RunError(f"{path} has no rows")
     for key in columns:
-        place = list(COLUMNS).index(key)
-        rows = [number for number, item in enumerate(items, 1) if not item[place]]
+        rows = [number for number, item in enumerate(items, 1) if not getattr(item, key)]
         if rows:
             raise RunError(f"{path}: {plural(len(rows), 'image')} without a {key}, the first in row {rows[0]}")
 
