@@ -83,6 +83,18 @@ def test_the_checkpoint_knows_the_thresholds_and_predict_uses_them(trained, pair
     assert "--topk" in capsys.readouterr().err
 
 
+def test_an_exported_file_has_the_thresholds_or_is_refused(trained, tmp_path, capsys):
+    checkpoint = trained[1] / "best.pth"
+    path = tmp_path / "program.pt"
+    assert main(["export", str(checkpoint), "--format", "torchscript", "--output", str(path)]) == 0
+    about = {"classifier.json": ""}
+    torch.jit.load(path, _extra_files=about)
+    thresholds = torch.load(checkpoint, weights_only=True)["thresholds"]
+    assert json.loads(about["classifier.json"])["thresholds"] == thresholds
+    assert main(["export", str(checkpoint), "--format", "safetensors", "--output", str(tmp_path / "folder")]) == 2
+    assert "no place for the thresholds" in capsys.readouterr().err and not (tmp_path / "folder").exists()
+
+
 def test_an_evaluation_finds_the_same(trained, pairs):
     _, folder = trained
     rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))

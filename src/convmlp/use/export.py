@@ -159,7 +159,8 @@ def _write_and_check(
 def _describe(classifier: Classifier) -> dict[str, Any]:
     """What a file says of itself."""
     arch = classifier.model.pretrained_cfg["architecture"]
-    return {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
+    about = {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
+    return about | ({"thresholds": classifier.thresholds} if classifier.thresholds else {})
 
 
 def _write_onnx(
@@ -207,6 +208,8 @@ def _write_torchscript(
 
 
 def _write_safetensors(classifier: Classifier, network: nn.Module, example: torch.Tensor, folder: Path) -> Run:
+    if classifier.thresholds:
+        raise RunError("safetensors have no place for the thresholds of several labels an image: --format onnx has")
     names = classifier.class_names
     labels = {} if names == numbered_names(len(names)) else {"label_names": names}
     save_for_hf(network, str(folder), labels, safe_serialization=True, data_config=classifier.data_config)
