@@ -58,6 +58,20 @@ def test_a_step_keeps_its_buffers():
     assert faults(settings) < 100 < 10_000 < faults({})
 
 
+def test_threads_that_wait_sleep_unless_the_user_wants_them_to_spin():
+    assert launched("1", OMP_WAIT_POLICY="ACTIVE")["OMP_WAIT_POLICY"] == "ACTIVE"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    show = "import os; print(os.environ['OMP_WAIT_POLICY'])"
+    command = [sys.executable, "-m", "convmlp.common.launch", "1", "-c", show]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "PASSIVE\n"
+
+
+def test_an_empty_variable_counts_as_none():
+    empty = dict.fromkeys(("NNODES", "NODE_RANK", "MASTER_PORT", "MASTER_ADDR", "MAX_RESTARTS"), "")
+    assert "WORLD_SIZE" not in launched("1", **empty)
+
+
 def test_own_settings_of_the_allocator_are_left_alone():
     assert launched("1", MALLOC_TRIM_THRESHOLD_="7000000000")["MALLOC_TRIM_THRESHOLD_"] == "7000000000"
 

@@ -31,17 +31,17 @@ def launch(processes: int, program: Sequence[str], **environment: str) -> NoRetu
     `program` is what python is called with: a script or -m and a module, and arguments.
     """
     settings = {**ENVIRONMENT, **environment, **os.environ}
-    nodes, restarts = settings.get("NNODES", "1"), settings.get("MAX_RESTARTS", "0")
+    nodes, restarts = settings.get("NNODES") or "1", settings.get("MAX_RESTARTS") or "0"
     command = [sys.executable, *program]
     if (processes, nodes, restarts) != (1, "1", "0"):
         from .devices import count_cores
 
         settings.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // processes)))
         where = ["--standalone"]
-        if nodes != "1" or "MASTER_PORT" in settings:
-            where = ["--nnodes", nodes, "--node-rank", settings.get("NODE_RANK", "0")]
-            where += ["--master-addr", settings.get("MASTER_ADDR", "127.0.0.1")]
-            where += ["--master-port", settings.get("MASTER_PORT", "29500")]
+        if nodes != "1" or settings.get("MASTER_PORT"):
+            where = ["--nnodes", nodes, "--node-rank", settings.get("NODE_RANK") or "0"]
+            where += ["--master-addr", settings.get("MASTER_ADDR") or "127.0.0.1"]
+            where += ["--master-port", settings.get("MASTER_PORT") or "29500"]
         torchrun = [sys.executable, "-m", "convmlp.common.elastic", *where]
         command = [*torchrun, "--nproc-per-node", str(processes), "--max-restarts", restarts, *program]
     if os.name != "posix":  # where a program cannot take the place of another
