@@ -20,7 +20,7 @@ def train(argv: Sequence[str]) -> NoReturn:
     """Let the program that trains take the place of this one.
 
     Raises:
-        RunError: no such config, no data, or a package is missing.
+        RunError: there is no such config, or a package is missing.
     """
     parser = Parser(prog=COMMAND, add_help=False)
     _add_options(parser)
@@ -44,4 +44,5 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=positive_int, default=1, metavar="N", help="one per GPU (1)")
 
 
+# For help and completion; `cli` calls `train` itself, with all the words
 VERB = Verb("train", "Train on your own images, or by a config.", _add_options, lambda options: None)
