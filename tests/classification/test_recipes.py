@@ -1,5 +1,7 @@
 """Recipes: what they choose for the images at hand, what the user's options change in it, and what fits into memory."""
 
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -34,7 +36,7 @@ def test_settings_follow_from_the_number_and_the_size_of_the_images(train):
     assert code == 0 and "recipe scratch for 24 training images of 36 px (the median side)" in said
     assert (settings["img_size"], settings["batch_size"], settings["crop_pct"]) == (48, 8, 1.0)
     assert settings["lr"] == pytest.approx(1e-3 * (8 / 64) ** 0.5)
-    assert "recipe" not in settings  # so that args.yaml is a config that repeats the run
+    assert settings["recipe"] is None  # so that args.yaml is a config that repeats the run
 
 
 def test_what_the_user_sets_stays_and_the_rest_follows_it(train):
@@ -73,6 +75,33 @@ def test_fine_tuning_without_weights_is_an_error(train):
     assert code == 2 and "could not download the weights" in said and "--no-pretrained" in said
 
 
+def test_the_settings_of_a_run_are_a_config_that_repeats_it(train, tmp_path):
+    for recipe in ("scratch", "probe"):
+        words = ["--recipe", recipe, "--no-pretrained", *TINY, *(["--epochs", "1"] if recipe == "scratch" else [])]
+        assert train(*words, "--overwrite")[0] == 0
+        run = tmp_path / "out" / "run"
+        first = torch.load(run / "best.pth", weights_only=True)["state_dict"]
+        config = shutil.copy(run / "args.yaml", tmp_path / "again.yml")
+        assert train("-c", str(config), "--overwrite")[0] == 0
+        again = torch.load(run / "best.pth", weights_only=True)["state_dict"]
+        assert all(torch.equal(value, again[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--model-ema", "--epochs 3", "--lr 0.1", "--class-weights auto", "--balanced-sampling", "--freeze 2", "--mixup 1"],
+)
+def test_what_a_probe_cannot_use_is_refused(train, words):
+    code, said, _ = train("--recipe", "probe", "--no-pretrained", *TINY, *words.split())
+    assert code == 2 and f"{words.split()[0]} does not go with --recipe probe" in said
+
+
+def test_a_run_that_trained_does_not_go_on_as_a_probe(train):
+    assert train("--recipe", "scratch", *TINY, "--epochs", "1")[0] == 0
+    code, said, _ = train("--recipe", "probe", *TINY, "--epochs", "2", "--resume", "auto")
+    assert code == 2 and "--recipe probe begins a run" in said
+
+
 def test_streams_cannot_be_counted(train, images):
     words = ["--recipe", "scratch", "--dataset", "wds/", "--num-classes", "3", "--train-num-samples", "24"]
     code, said, _ = train(*words)
@@ -89,6 +118,11 @@ class Greedy(nn.Module):
     def forward(self, images):
         torch.empty(2 ** (50 if len(images) > 2 else 10))
         return self.linear(images.mean((2, 3)))
+
+
+def test_an_odd_batch_that_does_not_fit_is_an_error():
+    with pytest.raises(convmlp.common.errors.RunError, match="too small for 7 images of 32 px.*--batch-size N"):
+        fitted(7, Greedy())
 
 
 def fitted(batch_size: int, model: nn.Module):

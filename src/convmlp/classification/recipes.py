@@ -5,7 +5,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from torch import nn
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import RunError, one_line, plural
 from ..timm_models import create_timm_model, has_fixed_size
+from .groups import flag_of
 from .loaders import DataConfig
 from .options import parse_options
 from .process import Process
-from .settings import Options
+from .settings import Augmentation, Optimizer, Options, Schedule
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
@@ -35,14 +36,19 @@ class Recipe(NamedTuple):
 
     effort: float  # the epochs are this over the square root of the number of images
     most_epochs: int
-    lr: float  # for a batch of 64; the rate grows with the square root of the batch
+    lr: float  # for a batch of 64; the rate grows with the square root of the batch. 0: there are no steps
     settings: dict[str, Any]
 
+
+# What a probe, which augments nothing and has no steps, cannot use
+NOT_PROBED = {each.name for group in (Schedule, Optimizer, Augmentation) for each in fields(group)}
+NOT_PROBED |= {"balanced_sampling", "freeze", "drop", "drop_path", "grad_checkpointing", "skip_nonfinite"}
+NOT_PROBED -= {"batch_size", "validation_batch_size"}
 
 LIGHT: dict[str, Any] = {"scale": [0.7, 1.0], "color_jitter": 0.2}  # augmentation
 RECIPES = {
     "finetune": Recipe(800, 50, 3e-4, {**LIGHT, "pretrained": True, "layer_decay": 0.8}),
-    "probe": Recipe(0, 1, 3e-4, {"pretrained": True, "smoothing": 0.0}),
+    "probe": Recipe(0, 1, 0, {"pretrained": True}),
     "scratch": Recipe(1600, 100, 1e-3, {**LIGHT, "pretrained": False, "mixup": 0.2}),
 }
 
@@ -55,15 +61,22 @@ def apply_recipe(
     A run that goes on has the settings that it kept.
 
     Raises:
-        RunError: no image can be read.
+        RunError: no image can be read, or an option does not go with a probe.
     """
     if kept:
+        if options.recipe == "probe" != kept.get("recipe"):
+            raise RunError("--recipe probe begins a run; --initial-checkpoint FILE lets it take the weights of another")
         return replace(parse_options(argv, base=kept), resume=options.resume, overwrite=options.overwrite)
     name, side = process.on_primary(lambda: (_choose_recipe(options, argv), _median_side(source)))
     settings = _first_settings(name, options, len(source), side, process)
     settings |= _later_settings(name, parse_options(argv, base=settings), process)
     chosen = parse_options(argv, base=settings)
-    values = {key: getattr(chosen, key) for key in settings}
+    unused = NOT_PROBED if name == "probe" else set()
+    undisturbed = parse_options([], base=settings)
+    for key in sorted(unused):
+        if getattr(chosen, key) != getattr(undisturbed, key):
+            raise RunError(f"{flag_of(key)} does not go with --recipe probe, which fits the head in one go")
+    values = {key: getattr(chosen, key) for key in settings if key not in unused}
     shown = (f"{key} {value:.2g}" if isinstance(value, float) else f"{key} {value}" for key, value in values.items())
     _logger.info(
         f"recipe {name} for {plural(len(source), 'training image')} of {side} px (the median side):\n"
@@ -124,7 +137,8 @@ def _later_settings(name: str, options: Options, process: Process) -> dict[str, 
     """What follows from the first settings, those of the user among them."""
     images = options.batch_size * options.grad_accum_steps * process.world_size
     lr = RECIPES[name].lr * math.sqrt(images / 64)
-    later = {"lr": lr, "min_lr": lr / 100, "warmup_epochs": min(options.epochs - 1, max(1, options.epochs // 10))}
+    later: dict[str, Any] = {"warmup_epochs": min(options.epochs - 1, max(1, options.epochs // 10))}
+    later |= {"lr": lr, "min_lr": lr / 100} if lr else {}
     if options.img_size and options.img_size < 96:
         later["crop_pct"] = 1.0  # small images have no margin to cut off
     return later
@@ -134,14 +148,14 @@ def fit_into_memory(options: Options, model: nn.Module, data_config: DataConfig,
     """The options with the batch halved until a training step fits, on every process, and as many images an update.
 
     Raises:
-        RunError: not even two images fit.
+        RunError: not even two images fit, or an odd number of images does not.
     """
     batch_size = options.batch_size
     while not all(process.gather(_fits(batch_size, options, model, data_config, process.device))):
-        if batch_size < 4:
+        if batch_size < 4 or batch_size % 2:  # half of it would make other updates
             raise RunError(
                 f"the memory of {process.device} is too small for {batch_size} images of "
-                f"{data_config['input_size'][-1]} px: --img-size PX, or --grad-checkpointing"
+                f"{data_config['input_size'][-1]} px: --img-size PX, --batch-size N, or --grad-checkpointing"
             )
         batch_size //= 2
     if batch_size == options.batch_size:

@@ -26,7 +26,7 @@ from .groups import (
     require,
 )
 
-NOT_STORED = {"config", "recipe", "check_data", "resume", "eval", "overwrite"}
+NOT_STORED = {"config", "check_data", "resume", "eval", "overwrite"}
 NOT_STREAMED = {"checkpoint_interval", "mixup_off_epoch", "on_bad_image", "balanced_sampling", "aug_repeats"}
 
 
@@ -289,7 +289,9 @@ class Options(Run, Data, Model, Images, Machine, Schedule, Optimizer, Augmentati
     def stored(self) -> dict[str, Any]:
         """What args.yaml and checkpoints keep: plain values that make a config again."""
         names = [each.name for group in GROUPS for each in fields(group)]
-        return {name: getattr(self, name) for name in names if name not in NOT_STORED}
+        stored = {name: getattr(self, name) for name in names if name not in NOT_STORED}
+        # The other recipes are nothing but settings, which stand here themselves
+        return stored | {"recipe": self.recipe if self.recipe == "probe" else None}
 
 
 GROUPS: tuple[type[Group], ...] = Options.__bases__
