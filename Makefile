@@ -66,7 +66,7 @@ test: $(INSTALLED)
 	$(PYTEST) $(ARGS)
 
 test-slow: $(INSTALLED)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow --dist worksteal $(ARGS)
 
 coverage: $(INSTALLED)
 	$(PYTEST) -m "slow or not slow" --cov --cov-report=term:skip-covered $(ARGS)

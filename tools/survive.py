@@ -25,7 +25,7 @@ import psutil
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = "--dataset sklearn-digits --img-size 32 --epochs 2 --warmup-epochs 1 --workers 2 --lr 1e-3 --clip-grad 1 "
+TRAINING = "--dataset sklearn-digits --img-size 32 --epochs 1 --warmup-epochs 1 --workers 2 --lr 1e-3 --clip-grad 1 "
 TRAINING += (
     "--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1 --reprob 0.5 --drop 0.1 --model-ema --model-ema-decay 0.9 "
 )
