@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convmlp.classification import main, report
+from convmlp.classification import charts, main
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model-kwargs blocks=[1,1,1] dims=[8,16,32] mlp_ratios=[1,1,1] channels=8 n_conv_blocks=1".split()
@@ -74,7 +74,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take longer than the training here; the shared run draws them all."""
     for name in ("write_curves", "write_confusion", "write_predictions"):
-        monkeypatch.setattr(report, name, lambda path, *rest: path.write_bytes(b""))
+        monkeypatch.setattr(charts, name, lambda path, *rest: path.write_bytes(b""))
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, f1_score
 
-from convmlp.classification.evaluation import N_SHOWN, Evaluator, Predictions
+from convmlp.classification.evaluation import Evaluator
+from convmlp.classification.predictions import N_SHOWN, Predictions
+from convmlp.classification.process import Process
 
 
 def predictions_of(answers, num_classes, batch_size=16):
     """The predictions of images whose pixels are their numbers, from (target, predicted, how sure)."""
-    predictions = Predictions(num_classes, len(answers))
+    predictions = Predictions(num_classes)
     for start in range(0, len(answers), batch_size):
         batch = answers[start : start + batch_size]
         logits = torch.zeros(len(batch), num_classes)
@@ -18,6 +20,7 @@ def predictions_of(answers, num_classes, batch_size=16):
             row[predicted] = sure
         images = torch.arange(start, start + len(batch)).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         predictions.update(images, logits, torch.tensor([target for target, _, _ in batch]))
+    predictions.gather(Process(torch.device("cpu")), range(len(answers)))
     return predictions
 
 
@@ -60,9 +63,28 @@ def test_mistakes_of_one_class_alone_are_all_shown():
     assert numbers(shown) == [0, 1, 2, 3, 4]
 
 
-def test_right_answers_are_spread_over_the_images():
-    shown = numbers(predictions_of([(0, 0, 1.0)] * 400, 2).right)
-    assert shown == list(range(0, 400, 400 // N_SHOWN))
+def test_the_least_sure_right_answers_are_shown():
+    answers = [(0, 0, 1 + (37 * i % 400) / 100) for i in range(400)]
+    hits = predictions_of(answers, 2).hits
+    expected = sorted(range(400), key=lambda i: answers[i][2])[:N_SHOWN]
+    assert numbers(hits) == expected
+
+
+def test_predictions_of_several_processes_are_brought_together(monkeypatch):
+    """The shares of two processes, each with every second image."""
+    answers = [(i % 3, (i + (i % 5 == 0)) % 3, 1 + i / 10) for i in range(60)]
+    halves = [predictions_of(answers[start::2], 3) for start in (0, 1)]
+    shares = [(h.logits, h.targets, [*range(start, 60, 2)], [*h.mistakes, *h.hits]) for start, h in enumerate(halves)]
+    monkeypatch.setattr(Process, "gather", lambda self, value: shares)
+    both = predictions_of([], 3)
+    monkeypatch.undo()
+    alone = predictions_of(answers, 3)
+    order = np.argsort(both.indices)
+    assert torch.equal(both.logits[order], alone.logits) and torch.equal(both.targets[order], alone.targets)
+    assert np.array_equal(both.confusion, alone.confusion)
+    for name in ("mistakes", "hits"):
+        kept, expected = ([each[1:] for each in getattr(found, name)] for found in (both, alone))
+        assert kept == expected
 
 
 def test_kept_images_do_not_hold_their_batches():

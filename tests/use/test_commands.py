@@ -36,6 +36,10 @@ CLASSES = ["one", "three", "two"]
         ("predict {photo} --img-size 16", "--img-size must be between 32 and 16384 px, got 16"),
         ("predict {photo} --config x.py", "--config needs the trained weights"),
         ("predict {photo} --config x.py --checkpoint x.pth --topk 3", "--topk is for classifiers"),
+        (
+            "predict {photo} --config x.py --checkpoint x.pth --min-confidence 0.5",
+            "--min-confidence is for classifiers",
+        ),
         ("predict {photo} --config x.py --checkpoint x.pth", "no such config: x.py"),
         ("predict {photo} --score-threshold 0.5", "--score-threshold is for detection and segmentation"),
         ("predict {photo} --score-threshold 0", "--score-threshold is for detection and segmentation"),
@@ -169,6 +173,8 @@ def test_weights_that_give_no_numbers_are_an_error(trained, digits, tmp_path, fa
         ("data_config", [1, 2]),
         ("data_config", {"mean": [0.5]}),
         ("data_config", {"input_size": [1, 40, 40], "interpolation": "cubic"}),
+        ("temperature", 0.0),
+        ("temperature", "1"),
     ],
 )
 def test_a_checkpoint_that_says_odd_things_is_refused(key, value, trained, digits, tmp_path, fails):

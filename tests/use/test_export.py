@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def build(name: str = "convmlp_s", size: int = 64, **settings) -> Classifier:
 
 @pytest.fixture(scope="module")
 def tiny() -> Classifier:
-    return build(**TINY)
+    return replace(build(**TINY), temperature=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +289,7 @@ def test_a_folded_file_has_no_batch_normalization(written, tiny):
 def test_onnx_tells_classes_and_preprocessing(written, tiny):
     path = written("onnx").path
     told = onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map
-    about = {"arch": "convmlp_s", "class_names": tiny.class_names, **tiny.data_config}
+    about = {"arch": "convmlp_s", "class_names": tiny.class_names, **tiny.data_config, "temperature": 2.0}
     assert {key: json.loads(value) for key, value in told.items()} == json.loads(as_json(about))
     onnx.checker.check_model(onnx.load(path), full_check=True)
 
@@ -316,7 +317,7 @@ for run in (torch.export.load("tiny.pt2", extra_files=about).module(), torch.jit
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    about = {"arch": "convmlp_s", "class_names": tiny.class_names, **tiny.data_config}
+    about = {"arch": "convmlp_s", "class_names": tiny.class_names, **tiny.data_config, "temperature": 2.0}
     assert [json.loads(line) for line in run.stdout.splitlines()] == [json.loads(as_json(about))] * 2
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from skimage import data
 
@@ -48,6 +49,25 @@ def test_one_path_one_image_and_sequences_of_both_are_classified(classifier, dig
             assert [guess.name for guess in prediction.best] == [guess.name for guess in expected.best]
             assert prediction.best[0].probability == pytest.approx(expected.best[0].probability, rel=1e-4)
         assert predictions[0].path == (None if isinstance(images, Image.Image) else path)
+
+
+def test_the_temperature_of_a_checkpoint_makes_it_less_sure_and_it_can_abstain(trained, digits, tmp_path):
+    paths = sorted((digits / "val" / "one").iterdir())
+    checkpoint = torch.load(trained / "best.pth", weights_only=True)
+    assert checkpoint["temperature"] != 1
+    found = []
+    for temperature in (1.0, 4.0):
+        torch.save({**checkpoint, "temperature": temperature}, tmp_path / "it.pth")
+        classifier = open_classifier(checkpoint=str(tmp_path / "it.pth"), device="cpu")
+        found.append(predict(paths, classifier, min_confidence=0.9)[0])
+    sure, unsure = ([each.best[0].probability for each in predictions] for predictions in found)
+    odds = [np.log(p / (1 - p)) for p in (sure[0], unsure[0])]
+    assert len(checkpoint["class_names"]) > 2 or odds[0] == pytest.approx(4 * odds[1], rel=1e-3)
+    assert all(a > b for a, b in zip(sure, unsure, strict=True))
+    for predictions in found:
+        assert [each.abstained for each in predictions] == [each.best[0].probability < 0.9 for each in predictions]
+    assert found[1][0].row()["abstained"] is True
+    assert predict(paths[0], classifier)[0][0].row().keys() == {"image", "classes"}
 
 
 def test_an_image_too_long_to_be_resized_is_unreadable_from_memory_too(classifier):

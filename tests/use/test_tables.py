@@ -27,6 +27,16 @@ def test_a_table_names_each_image_once_and_says_where_nothing_was_found():
     ]
 
 
+def test_an_answer_that_is_not_sure_enough_says_so_on_the_screen_and_in_csv():
+    cat = dict(index=0, name="cat", probability=0.4)
+    rows = [{"image": f"{i}.png", "abstained": i == 0, "classes": [cat, cat]} for i in range(2)]
+    assert [line[1:-2] for line in shown(rows)[2:]] == [["not", "sure:", "cat"], [], ["cat"], []]
+    file = io.StringIO()
+    write_csv(file, rows)
+    found = [*csv.DictReader(io.StringIO(file.getvalue()))]
+    assert [row["abstained"] for row in found] == ["True", "True", "False", "False"]
+
+
 def test_csv_has_a_line_for_each_thing_found_and_its_columns_where_nothing_was():
     for detections in ([DOG], []):
         file = io.StringIO()

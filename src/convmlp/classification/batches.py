@@ -129,7 +129,7 @@ def eval_batches(n_images: int, batch_size: int, rank: int, world_size: int) -> 
 
 
 class EvalDataset(Dataset):
-    """Loads whole batches: (images uint8 (b, c, h, w), targets, what could not be read).
+    """Loads whole batches: (images uint8 (b, c, h, w), targets, what could not be read and why).
 
     An image that cannot be read is left out.
     """
@@ -142,7 +142,7 @@ class EvalDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, index: int, unreadable: list[str]) -> tuple[Image.Image, int] | None:
+    def read(self, index: int, unreadable: dict[int, str]) -> tuple[Image.Image, int] | None:
         """An image and its class, or None after a note on why it cannot be read."""
         try:
             image, target = self.source.load(index)
@@ -151,11 +151,11 @@ class EvalDataset(Dataset):
             reason = str(error)
         except Exception as error:  # image decoders raise nearly anything on damaged input
             reason = f"{type(error).__name__}: {one_line(error)}"
-        unreadable.append(f"{self.source.name(index)} ({reason})")
+        unreadable[index] = f"{self.source.name(index)} ({reason})"
         return None
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-        unreadable: list[str] = []
+    def __getitems__(self, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+        unreadable: dict[int, str] = {}
         read = [sample for index in indices if (sample := self.read(index, unreadable))]
         return *_collate([(self.transform(image), target) for image, target in read]), unreadable
 
@@ -186,9 +186,9 @@ class TrainDataset(EvalDataset):
 
     def __getitems__(  # type: ignore[override]  # it goes with TrainBatches
         self, batch: Batch
-    ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
         samples: list[tuple[Any, int]] = []
-        unreadable: list[str] = []
+        unreadable: dict[int, str] = {}
         for index, repetition in zip(batch.indices, batch.repetitions, strict=True):
             nearby = ((index + step) % len(self.source) for step in range(MAX_REPLACEMENTS))
             sample = next((sample for i in nearby if (sample := self.read(i, unreadable))), None)

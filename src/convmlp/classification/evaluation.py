@@ -1,11 +1,8 @@
-"""Evaluation of a classifier: figures over all processes, confusion counts, images worth showing."""
+"""Evaluation of a classifier: figures over all processes."""
 
 import logging
 import math
-from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -15,17 +12,14 @@ from tqdm import tqdm
 
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import RunError, plural
-from ..common.images import to_image
 from ..common.signals import StopRequest
-from . import report
-from .loaders import DataConfig, Loader
+from .loaders import Loader
 from .multilabel import LabelPredictions
+from .predictions import Predictions
 from .process import Process
 from .settings import Data, Options
 
 _logger = logging.getLogger(__name__)
-
-N_SHOWN = 20  # mistakes, and as many right answers
 
 
 class Evaluator(ClassificationEvaluator):
@@ -65,70 +59,6 @@ class Evaluator(ClassificationEvaluator):
             "macro_f1": 100 * float(f1.mean()) if len(f1) else math.nan,
             "predicted_classes": int((predicted > 0).sum()),
         }
-
-
-class Predictions:
-    """All predictions counted in a confusion matrix (true class, predicted class), and some kept to be shown.
-
-    Of the mistakes the surest ones are kept, of as many classes as possible; of the right answers, some spread evenly
-    over the images.
-    """
-
-    def __init__(self, num_classes: int, n_images: int):
-        self.confusion = np.zeros((num_classes, num_classes), dtype=np.int64)
-        self.mistakes: list[report.Prediction] = []
-        self.right: list[report.Prediction] = []
-        self._n_images = n_images
-        self._seen = 0
-        self._part = -1
-
-    def update(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
-        """Count a batch."""
-        probabilities, predicted = (values.tolist() for values in logits.float().softmax(1).max(1))
-        np.add.at(self.confusion, (targets.cpu().numpy(), predicted), 1)
-        for image, *answer in zip(images, targets.tolist(), predicted, probabilities, strict=True):
-            part = self._seen * N_SHOWN // self._n_images  # of as many equal parts of the images as are shown
-            self._seen += 1
-            if answer[0] != answer[1]:
-                self._keep_mistake(report.Prediction(image.clone(), *answer))
-            elif part > self._part:
-                self._part = part
-                self.right.append(report.Prediction(image.clone(), *answer))
-
-    def _keep_mistake(self, mistake: report.Prediction) -> None:
-        """Keep it, and if those are too many drop the least sure one of the class that has most."""
-        self.mistakes.append(mistake)
-        self.mistakes.sort(key=lambda each: -each.probability)
-        if len(self.mistakes) > N_SHOWN:
-            counts = Counter(each.target for each in self.mistakes)
-            crowded = max(range(len(self.mistakes)), key=lambda i: (counts[self.mistakes[i].target], i))
-            del self.mistakes[crowded]
-
-    def gather(self, process: Process) -> None:
-        """Add up the counts of all processes; each shows images of its own."""
-        self.confusion = sum(process.gather(self.confusion))
-
-    def figures_line(self, metrics: dict[str, float]) -> str:
-        """What the log says of an evaluation."""
-        images, right = self.confusion.sum(), np.trace(self.confusion)
-        return (
-            f"top-1 {metrics['top1']:.2f} % ({right} of {plural(images, 'image')}), top-5 {metrics['top5']:.2f} %, "
-            f"balanced accuracy {metrics['balanced_accuracy']:.2f} %, macro F1 {metrics['macro_f1']:.2f} %, "
-            f"loss {metrics['loss']:.4f}"
-        )
-
-    def table(self, class_names: list[str]) -> str:
-        """The classes with their accuracies."""
-        return report.per_class_table(self.confusion, class_names)
-
-    def write(self, folder: Path, class_names: list[str], data_config: DataConfig) -> None:
-        """Confusion matrix, per-class accuracies and images with their predictions."""
-        report.write_confusion(folder / "confusion_matrix.png", self.confusion, class_names)
-        report.write_per_class(folder / "per_class.csv", self.confusion, class_names)
-        mean, std = data_config["mean"], data_config["std"]
-        kept = [*self.mistakes, *self.right]
-        images = [each._replace(image=to_image(each.image, mean, std)) for each in kept]
-        report.write_predictions(folder / "predictions.png", images, self.confusion, class_names)
 
 
 class FullBatches(nn.Module):
@@ -178,7 +108,7 @@ def evaluate(
         first = f": {loader.unreadable[0]}" if loader.unreadable else ""
         raise RunError(f"not one validation image could be read{first}")
     if predictions:
-        predictions.gather(process)
+        predictions.gather(process, loader.seen)
     return dict(evaluator.compute(distributed=process.distributed))
 
 
@@ -189,7 +119,7 @@ def make_evaluator(options: Data, num_classes: int, device: torch.device) -> Cla
 
 def make_predictions(options: Data, loader: Loader) -> Predictions | LabelPredictions:
     """What keeps the predictions of an evaluation."""
-    return LabelPredictions() if options.multi_label else Predictions(loader.num_classes, loader.n_own)
+    return LabelPredictions() if options.multi_label else Predictions(loader.num_classes)
 
 
 def log_unreadable(loader: Loader, process: Process) -> None:

@@ -41,26 +41,27 @@ class _Loader(DataLoader):
     def __init__(self, dataset: EvalDataset, on_bad_image: str, **settings: Any):
         super().__init__(dataset, **settings)
         self.stops = on_bad_image == "stop"
-        self.unreadable: dict[str, None] = {}
+        self.unreadable: dict[int, str] = {}  # notes on images
 
     def __iter__(self) -> Any:
         for images, targets, unreadable in super().__iter__():
-            if unreadable and self.stops:
-                raise RunError(f"unreadable image {unreadable[0]}; --on-bad-image skip goes on without it")
-            for note in unreadable:
-                if note not in self.unreadable:
+            first = next(iter(unreadable.values()), "")
+            if first and self.stops:
+                raise RunError(f"unreadable image {first}; --on-bad-image skip goes on without it")
+            for index, note in unreadable.items():
+                if index not in self.unreadable:
                     _logger.warning(f"skipping an unreadable image: {note}")
-                    self.unreadable[note] = None
+                    self.unreadable[index] = note
             if len(images):
                 yield images, targets
             elif isinstance(self.dataset, TrainDataset):  # no replacement was found
-                raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {unreadable[0]}")
+                raise RunError(f"{len(unreadable)} images in a row cannot be read, the first is {first}")
 
 
 class IndexedLoader:
     """Batches of images by index, on the device, normalised: (images float (b, c, h, w), targets).
 
-    `n_images` are in the whole data, and `n_own` of them are those that this process sees in a pass.
+    `n_images` are in the whole data.
     """
 
     resumable = True  # an epoch can be continued at any batch
@@ -71,12 +72,11 @@ class IndexedLoader:
         self.source = source
         self.num_classes = num_classes
         self.n_images = len(source)
-        share = (process.rank, process.world_size)
+        self._share = share = (process.rank, process.world_size)
         transform = _create_transform(options, data_config, train)
         self.batches: TrainBatches | BatchSampler
         if train:
             self.batches = _train_batches(source, options, *share)
-            self.n_own = len(self.batches) * options.batch_size
             dataset: EvalDataset = TrainDataset(
                 source,
                 transform,
@@ -88,7 +88,6 @@ class IndexedLoader:
             )
         else:
             self.batches = eval_batches(len(source), options.eval_batch_size, *share)
-            self.n_own = len(range(process.rank, len(source), process.world_size))
             dataset = EvalDataset(source, transform, options.mode)
         workers = count_workers(options)
         self._loader = _Loader(
@@ -136,7 +135,13 @@ class IndexedLoader:
     @property
     def unreadable(self) -> list[str]:
         """The images that could not be read so far."""
-        return list(self._loader.unreadable)
+        return list(self._loader.unreadable.values())
+
+    @property
+    def seen(self) -> list[int]:
+        """The images of the last pass of an evaluation, in its order."""
+        rank, world_size = self._share
+        return [i for i in range(rank, self.n_images, world_size) if i not in self._loader.unreadable]
 
 
 class StreamLoader:
@@ -147,6 +152,7 @@ class StreamLoader:
 
     resumable = False
     unreadable: list[str] = []
+    seen: list[int] = []  # they have no numbers
 
     def __init__(
         self,
@@ -179,7 +185,6 @@ class StreamLoader:
             device=process.device,
             **settings,
         )
-        self.n_own = len(self) * batch_size
 
     def __len__(self) -> int:
         return len(self._loader)

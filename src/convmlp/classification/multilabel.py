@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from . import report
 from .process import Process
+from .tables import write_table
 
 
 class Labels(NamedTuple):
@@ -52,15 +52,15 @@ class LabelPredictions:
         self.probabilities.append(logits.float().sigmoid().cpu())
         self.targets.append(targets.cpu())
 
-    def gather(self, process: Process) -> None:
+    def gather(self, process: Process, indices: Sequence[int]) -> None:
         """Bring the predictions of all processes together, and find the thresholds."""
         shares = process.gather((self.probabilities, self.targets))
         probabilities, targets = (torch.cat([part for share in shares for part in share[i]]).numpy() for i in (0, 1))
         self.labels = [best_labels(*columns) for columns in zip(probabilities.T, targets.T, strict=True)]
 
-    @property
-    def thresholds(self) -> list[float]:
-        return [each.threshold for each in self.labels]
+    def fitted(self) -> dict[str, Any]:
+        """What the checkpoint learns of the evaluation."""
+        return {"thresholds": [each.threshold for each in self.labels]}
 
     def figures_line(self, metrics: dict[str, float]) -> str:
         """What the log says of an evaluation."""
@@ -76,4 +76,4 @@ class LabelPredictions:
     def write(self, folder: Path, class_names: Sequence[str], data_config: Any) -> None:
         """per_class.csv."""
         rows = [[name, *each] for name, each in zip(class_names, self.labels, strict=True)]
-        report.write_csv(folder / "per_class.csv", ["class", *Labels._fields], rows)
+        write_table(folder / "per_class.csv", ["class", *Labels._fields], rows)

@@ -20,7 +20,7 @@ from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
 from ..weights import extract_state_dict, read_checkpoint
-from . import report
+from . import charts
 from .batches import seed_all
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
 from .data import DUPLICATES, SPLIT
@@ -29,7 +29,6 @@ from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader
 from .models import build_optimizer, build_schedule, build_task, first_stages
-from .multilabel import LabelPredictions
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
@@ -112,7 +111,7 @@ class Trainer:
             f"{plural(len(self.train_loader), 'batch')}, output in {self.folder}"
         )
         if logs and self.history.rows:
-            report.write_summary(self.folder / "summary.csv", self.history.rows)
+            charts.write_summary(self.folder / "summary.csv", self.history.rows)
         if self._end():
             _logger.info(f"the run is already complete: {self._end()}")
         try:
@@ -133,8 +132,8 @@ class Trainer:
             self._save_and_stop()
         self.save(evaluated=True)
         if logs:
-            report.write_summary(self.folder / "summary.csv", self.history.rows)
-            report.write_curves(self.folder / "curves.png", self.history.rows)
+            charts.write_summary(self.folder / "summary.csv", self.history.rows)
+            charts.write_curves(self.folder / "curves.png", self.history.rows)
             logs.write(row)
             _logger.info(epoch_line(row, self.epochs, pace, time.perf_counter() - start))
             if collapse := self.history.collapse(self.options):
@@ -343,8 +342,7 @@ class Trainer:
             log_unreadable(loader, self.process)
         if self.process.primary:
             predictions.write(self.folder, self.class_names, self.data_config)
-            if isinstance(predictions, LabelPredictions):
-                write_checkpoint(best, {**read_checkpoint(best), "thresholds": predictions.thresholds})
+            write_checkpoint(best, {**read_checkpoint(best), **predictions.fitted()})
             written = ", ".join(name for name in WRITTEN if (self.folder / name).exists())
             figures = predictions.figures_line(metrics)
             _logger.info(f"best epoch {self.history.best_epoch}: {figures}\n{self.folder}: {written}")

@@ -1,5 +1,6 @@
 """A classifier ready for use: its weights, the names of its classes, and how it takes its images."""
 
+import math
 import os
 import re
 import zipfile
@@ -49,7 +50,8 @@ class Classifier:
     `name` is timm's, `title` also says which weights these are; `data_config` is timm's: input_size (c, h, w), mean,
     std, interpolation, crop_pct, crop_mode. `origin` is where the weights come from: 'published', 'random', or 'file',
     and `about` the args, epoch and history that it has if it is a checkpoint of classification.py. `thresholds` are the
-    least probabilities of the classes if an image may have several.
+    least probabilities of the classes if an image may have several. Logits are divided by `temperature`, which was
+    fitted to validation images, so that what has a probability of 80 % is right four times out of five.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Classifier:
     origin: str = "file"
     about: Mapping[str, Any] = field(default_factory=dict)
     thresholds: list[float] = field(default_factory=list)
+    temperature: float = 1.0
 
     @property
     def image_mode(self) -> str:
@@ -181,8 +184,9 @@ def _load(model: str | None, checkpoint: str) -> Classifier:
     names = about.get("class_names") or _class_names(network)
     config = about.get("data_config") or _data_config(network)
     known = {key: about[key] for key in ("args", "epoch", "history") if key in about}
-    title, thresholds = f"{name} of {checkpoint}", list(about.get("thresholds") or [])
-    return Classifier(name, network, names, config, torch.device("cpu"), title, "file", known, thresholds)
+    fitted = {key: about[key] for key in ("thresholds", "temperature") if key in about}
+    title = f"{name} of {checkpoint}"
+    return Classifier(name, network, names, config, torch.device("cpu"), title, "file", known, **fitted)
 
 
 def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, Any], path: Path) -> TimmModel:
@@ -234,7 +238,8 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
     """What a checkpoint says beside its weights, in the form that classification.py gives it."""
     if not about:
         return
-    names, args, thresholds = about.get("class_names"), about.get("args"), about.get("thresholds", [])
+    names, args = about.get("class_names"), about.get("args")
+    thresholds, temperature = about.get("thresholds", []), about.get("temperature", 1.0)
     settings = args.get("model_kwargs") or {} if isinstance(args, Mapping) else None
     config: Any = about.get("data_config")
     sides: Any = config.get("input_size") if isinstance(config, Mapping) else None
@@ -247,6 +252,7 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
         "thresholds": isinstance(thresholds, list)
         and all(isinstance(value, float) and 0 <= value <= 1 for value in thresholds)
         and len(thresholds) in (0, len(names or ())),
+        "temperature": isinstance(temperature, float) and 0 < temperature < math.inf,
     }
     for key, holds in right.items():
         if not holds:

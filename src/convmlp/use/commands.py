@@ -20,6 +20,7 @@ def _predict_options(parser: argparse.ArgumentParser) -> None:
     add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
     add("--topk", type=positive_int, metavar="N", help="how many classes to name (5)")
+    add("--min-confidence", type=fraction, metavar="P", help="abstain where the best class is less probable")
     add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
     add("--score-threshold", type=fraction, metavar="P", help="leave out detections below (0.3)")
     add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
@@ -79,7 +80,8 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Draw
     if options.topk and classifier.thresholds:
         raise RunError("--topk is for one class an image; this model names every label that reaches its threshold")
     topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
-    predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, progress=True)
+    settings = {"progress": True, "min_confidence": options.min_confidence}
+    predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, **settings)
     for prediction in predictions:
         if drawn and prediction.path:
             copy = predict.draw_classes(read_image(prediction.path), prediction.best)
@@ -93,7 +95,11 @@ def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Draw
 
 
 def _predict_objects(options: argparse.Namespace, paths: list[Path], drawn: Drawn) -> Found:
-    _refuse(options, ("model", "class_map", "img_size", "topk", "batch_size"), "is for classifiers, not for --config")
+    _refuse(
+        options,
+        ("model", "class_map", "img_size", "topk", "batch_size", "min_confidence"),
+        "is for classifiers, not for --config",
+    )
     if not options.checkpoint:
         raise RunError("--config needs the trained weights: --checkpoint FILE")
 

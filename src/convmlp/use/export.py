@@ -3,10 +3,10 @@
 What was written is loaded again and compared with the PyTorch model before it takes its name.
 
 A file maps normalised images (b, c, h, w) to logits (b, classes). ONNX metadata_props tell arch, class_names,
-input_size, mean, std and the rest of timm's data configuration, each in JSON; torch-export and torchscript hold all of
-them in an extra file, classifier.json. A safetensors folder is a model for timm after `import convmlp.timm_models`:
-`timm.create_model('local-dir:FOLDER', pretrained=True)`, also for transformers, and its README.md is a card for Hugging
-Face's Hub.
+input_size, mean, std and the rest of timm's data configuration, and the temperature or the thresholds, each in JSON;
+torch-export and torchscript hold all of them in an extra file, classifier.json. A safetensors folder is a model for
+timm after `import convmlp.timm_models`: `timm.create_model('local-dir:FOLDER', pretrained=True)`, also for
+transformers, and its README.md is a card for Hugging Face's Hub. It has no place for the temperature.
 """
 
 import copy
@@ -160,7 +160,8 @@ def _describe(classifier: Classifier) -> dict[str, Any]:
     """What a file says of itself."""
     arch = classifier.model.pretrained_cfg["architecture"]
     about = {"arch": arch, "class_names": classifier.class_names, **classifier.data_config}
-    return about | ({"thresholds": classifier.thresholds} if classifier.thresholds else {})
+    fitted = {"thresholds": classifier.thresholds, "temperature": classifier.temperature}
+    return about | {key: value for key, value in fitted.items() if value not in ([], 1.0)}
 
 
 def _write_onnx(

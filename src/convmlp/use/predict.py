@@ -36,16 +36,19 @@ class Guess(NamedTuple):
 class Prediction(NamedTuple):
     """An image, its size (width, height) in pixels, and its most probable classes, the best first.
 
-    `path` is None for an image that was given as such.
+    `path` is None for an image that was given as such. `abstained` tells whether the best one is less probable than was
+    asked for, if that was.
     """
 
     path: Path | None
     size: tuple[int, int]
     best: list[Guess]
+    abstained: bool | None = None
 
     def row(self) -> dict[str, Any]:
         """In plain values, see `tables`."""
-        return {"image": str(self.path or ""), "classes": [guess._asdict() for guess in self.best]}
+        answer = {} if self.abstained is None else {"abstained": self.abstained}
+        return {"image": str(self.path or ""), **answer, "classes": [guess._asdict() for guess in self.best]}
 
 
 Source = str | Path | Image.Image
@@ -57,6 +60,7 @@ def predict(
     topk: int = TOPK,
     batch_size: int = BATCH_SIZE,
     progress: bool = False,
+    min_confidence: float | None = None,
 ) -> tuple[list[Prediction], list[UnreadableImage]]:
     """Classify images as evaluation would: resized, cropped and normalised in the way of the classifier.
 
@@ -66,10 +70,18 @@ def predict(
         topk: How many classes to name, where an image has one.
         batch_size: How many images the model sees at once.
         progress: Show a bar on a terminal.
+        min_confidence: The probability, 0 to 1, below which the classifier abstains.
 
     Returns:
         What was found, in the order of `images`, and what could not be read.
+
+    Raises:
+        RunError: `min_confidence` for a model of several labels an image, or logits that are not finite.
     """
+    if min_confidence is not None and classifier.thresholds:
+        raise RunError(
+            "a least confidence is for one class an image; this model has a threshold for each of its labels"
+        )
     sources = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
     predictions: list[Prediction] = []
     unreadable: list[UnreadableImage] = []
@@ -89,7 +101,8 @@ def predict(
             if opened:
                 found = _best([image for _, image in opened], classifier, topk)
                 for (path, image), best in zip(opened, found, strict=True):
-                    predictions.append(Prediction(path, image.size, best))
+                    abstained = None if min_confidence is None else best[0].probability < min_confidence
+                    predictions.append(Prediction(path, image.size, best, abstained))
             bar.update(len(batch))
     return predictions, unreadable
 
@@ -114,7 +127,7 @@ def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> l
 @torch.inference_mode()
 def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Tensor:
     """Probabilities of Pillow images, (b, classes), float32 on the CPU."""
-    logits = classifier.model(classifier.preprocess(images)).float().cpu()
+    logits = classifier.model(classifier.preprocess(images)).float().cpu() / classifier.temperature
     probabilities = logits.sigmoid() if classifier.thresholds else logits.softmax(1)
     if not probabilities.isfinite().all():
         raise RunError(f"{classifier.title} gives values that are not finite: its weights are damaged")

@@ -1,8 +1,8 @@
 """Tables of what was found on images: for the screen, as JSON and as CSV; and names for drawn copies.
 
-A row is a dict in plain values: "image", its path, and then a list of what was found on it, the best first; each a
-dict with index, name, one of probability, score and share (0 to 1), and where they apply box (x1, y1, x2, y2 in
-pixels) and mask (COCO's run-length code).
+A row is a dict in plain values: "image", its path, perhaps "abstained", and then a list of what was found on it, the
+best first; each a dict with index, name, one of probability, score and share (0 to 1), and where they apply box (x1,
+y1, x2, y2 in pixels) and mask (COCO's run-length code).
 """
 
 import csv
@@ -24,6 +24,7 @@ MEASURES = ("probability", "score", "share")
 def make_table(rows: Sequence[Row]) -> Table:
     """A line for each thing found."""
     lines = [(row["image"], found) for row in rows for found in _found(row) or [{}]]
+    unsure = {row["image"] for row in rows if row.get("abstained")}
     measure = next((key for _, found in lines for key in found if key in MEASURES), _usual_measure(rows))
     table = Table(box=box.SIMPLE)
     table.add_column("image", overflow="fold")
@@ -35,7 +36,10 @@ def make_table(rows: Sequence[Row]) -> Table:
     for image, found in lines:
         share = f"{100 * found[measure]:.1f} %" if found else ""
         sides = ", ".join(f"{side:.0f}" for side in found.get("box", ()))
-        cells = ["" if image == shown else _plain(image), _plain(found.get("name", "nothing found")), share, sides]
+        name = _plain(found.get("name", "nothing found"))
+        if image in unsure and image != shown:
+            name = f"not sure: {name}"
+        cells = ["" if image == shown else _plain(image), name, share, sides]
         table.add_row(*cells[: len(table.columns)])
         shown = image
     return table
@@ -60,7 +64,8 @@ def write_csv(file: TextIO, rows: Sequence[Row]) -> None:
         for rank, found in enumerate(_found(row), 1):
             plain = {key: value for key, value in found.items() if key not in ("box", "mask")}
             plain |= dict(zip(("x1", "y1", "x2", "y2"), found.get("box", ()), strict=False))
-            lines.append({"image": row["image"], "rank": rank, **plain})
+            answer = {key: row[key] for key in ("abstained",) if key in row}
+            lines.append({"image": row["image"], "rank": rank, **plain, **answer})
     measure = _usual_measure(rows)
     sides = ["x1", "y1", "x2", "y2"] if measure == "score" else []
     columns = list(lines[0]) if lines else ["image", "rank", "index", "name", measure, *sides]

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from convmlp.classification import report
-from convmlp.classification.report import Prediction, per_class_table, write_curves, write_per_class, write_predictions
+from convmlp.classification import charts
+from convmlp.classification.charts import Prediction, per_class_table, write_curves, write_per_class, write_predictions
 
 
 @pytest.fixture
 def figures(monkeypatch):
     """The figures instead of files."""
     shown = []
-    monkeypatch.setattr(report, "save_figure", lambda figure, path: shown.append(figure))
+    monkeypatch.setattr(charts, "save_figure", lambda figure, path: shown.append(figure))
     return shown
 
 
@@ -45,10 +45,10 @@ def test_classes_are_counted_and_the_worst_come_first(tmp_path):
     confusion = np.array([[4, 0, 0], [1, 3, 0], [0, 0, 0]])
     write_per_class(tmp_path / "per_class.csv", confusion, ["a", "b", "c"])
     assert (tmp_path / "per_class.csv").read_text().split() == [
-        "class,images,right,accuracy",
-        "a,4,4,100.00",
-        "b,4,3,75.00",
-        "c,0,0,",
+        "class,images,right,accuracy,precision,f1",
+        "a,4,4,100.00,80.00,88.89",
+        "b,4,3,75.00,100.00,85.71",
+        "c,0,0,,,",
     ]
     assert per_class_table(confusion, ["a", "b", "c"]).splitlines() == ["b   75.00 %  of 4", "a  100.00 %  of 4"]
     many = per_class_table(np.eye(30, dtype=int), [f"class {i}" for i in range(30)])

@@ -1,6 +1,5 @@
-"""Report of a run: learning curves, a confusion matrix, per-class accuracies, images with predictions."""
+"""Charts of a run: learning curves, a confusion matrix, per-class accuracies, images with predictions."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..common.figures import new_figure, plain, save_figure
-from ..common.files import write_atomically
+from .tables import write_table
 
 LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
 SHEET_COLUMNS = 8
@@ -26,7 +25,7 @@ class Prediction(NamedTuple):
 def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
     """summary.csv: a row an epoch; what older rows lack is left empty."""
     titles = list(history[-1] | history[0])
-    write_csv(path, titles, [[row.get(title, "") for title in titles] for row in history])
+    write_table(path, titles, [[row.get(title, "") for title in titles] for row in history])
 
 
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
@@ -106,19 +105,30 @@ def write_predictions(
     save_figure(figure, path)
 
 
+def class_figures(confusion: np.ndarray) -> list[dict[str, float]]:
+    """Of each class, in counts: the images and the right ones; in per cent: accuracy, which is also recall, precision
+    and F1. A figure that would divide by 0 is left out.
+    """
+    right, images, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    found: list[dict[str, float]] = []
+    for hits, n_images, n_predicted in zip(right.tolist(), images.tolist(), predicted.tolist(), strict=True):
+        shares = {
+            "accuracy": (hits, n_images),
+            "precision": (hits, n_predicted),
+            "f1": (2 * hits, n_images + n_predicted),
+        }
+        figures = {key: 100 * part / whole for key, (part, whole) in shares.items() if whole}
+        found.append({"images": n_images, "right": hits, **figures})
+    return found
+
+
 def write_per_class(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """per_class.csv: images, right ones and accuracy of each class."""
-    counts = zip(class_names, confusion.sum(1), confusion.diagonal(), strict=True)
-    rows = [[name, images, right, f"{100 * right / images:.2f}" if images else ""] for name, images, right in counts]
-    write_csv(path, ["class", "images", "right", "accuracy"], rows)
-
-
-def write_csv(path: Path, titles: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([titles, *rows])
-
-    write_atomically(path, write)
+    """per_class.csv: see `class_figures`."""
+    rows = []
+    for name, figures in zip(class_names, class_figures(confusion), strict=True):
+        shares = [f"{figures[key]:.2f}" if key in figures else "" for key in ("accuracy", "precision", "f1")]
+        rows.append([name, figures["images"], figures["right"], *shares])
+    write_table(path, ["class", "images", "right", "accuracy", "precision", "f1"], rows)
 
 
 def per_class_table(confusion: np.ndarray, class_names: Sequence[str]) -> str:
