@@ -21,16 +21,20 @@ INSTALLED = $(VENV)/.installed
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml setup.py
+$(INSTALLED): $(VENV)/.quickstart
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.quickstart: pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13) and "Python 3.10 to 3.13 is needed, this is " + sys.version.split()[0] + ": make PYTHON=python3.12 ...")'
 	@echo "Installing into $(VENV): PyTorch with its CUDA libraries, about 6 GB. Once."
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	@$(VENV)/bin/python -m pip install --quiet --editable '.[dev]'
+	@$(VENV)/bin/python -m pip install --quiet --editable '.[tools]'
 	@touch $@
 
-quickstart: $(INSTALLED)
-	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart.yml --overwrite $(ARGS)
+quickstart: $(VENV)/.quickstart
+	$(VENV)/bin/convmlp train -c quickstart --overwrite $(ARGS)
 
 SCENES = output/scenes
 # Written at the end of the run, beside best.pth

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convmlp.classification import charts, main
+from convmlp.classification import charts, main, report
 
 ROOT = Path(__file__).parents[2]
 TINY = "--model-kwargs blocks=[1,1,1] dims=[8,16,32] mlp_ratios=[1,1,1] channels=8 n_conv_blocks=1".split()
@@ -70,11 +70,17 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
     return Result(code, said, output / "run")
 
 
+def leave_out_figures(patch: pytest.MonkeyPatch) -> None:
+    """They take longer than the training here; the shared run draws them all."""
+    for name in ("write_curves", "write_confusion", "write_predictions"):
+        patch.setattr(charts, name, lambda path, *rest: path.write_bytes(b""))
+    patch.setattr(report, "draw_sheets", lambda *rest: [])
+    patch.setattr(report, "write_page", lambda path, *rest: path.write_bytes(b""))
+
+
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take longer than the training here; the shared run draws them all."""
-    for name in ("write_curves", "write_confusion", "write_predictions"):
-        monkeypatch.setattr(charts, name, lambda path, *rest: path.write_bytes(b""))
+    leave_out_figures(monkeypatch)
 
 
 @pytest.fixture

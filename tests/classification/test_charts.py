@@ -24,7 +24,7 @@ def test_the_best_epoch_is_named_within_the_figure_wherever_it_is(figures, tmp_p
     write_curves(tmp_path / "curves.png", rows)
     [figure] = figures
     figure.draw_without_rendering()
-    assert figure.axes[1].get_title() == f"validation, % (best top-1: 90.00, epoch {top1.index(90.0)})"
+    assert figure.axes[1].get_title() == f"accuracy, % (best top-1: 90.00, epoch {top1.index(90.0)})"
     for axis in figure.axes:
         assert not axis.texts  # nor anything else that could leave it
         box, whole = axis.title.get_window_extent(), figure.bbox
@@ -33,7 +33,7 @@ def test_the_best_epoch_is_named_within_the_figure_wherever_it_is(figures, tmp_p
 
 def test_predictions_have_a_title_and_mistakes_are_red(figures, tmp_path):
     image = np.zeros((4, 4, 3), np.uint8)
-    shown = [Prediction(image, 0, 1, 0.9), Prediction(image, 1, 1, 0.8)]
+    shown = [Prediction(image, 0, 0, 1, 0.9), Prediction(image, 1, 1, 1, 0.8)]
     write_predictions(tmp_path / "predictions.png", shown, np.array([[0, 1], [0, 9]]), ["cat", "dog"])
     [figure] = figures
     assert figure.get_suptitle().startswith("9 of 10 right; the surest mistakes come first")

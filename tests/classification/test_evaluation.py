@@ -83,7 +83,7 @@ def test_predictions_of_several_processes_are_brought_together(monkeypatch):
     assert torch.equal(both.logits[order], alone.logits) and torch.equal(both.targets[order], alone.targets)
     assert np.array_equal(both.confusion, alone.confusion)
     for name in ("mistakes", "hits"):
-        kept, expected = ([each[1:] for each in getattr(found, name)] for found in (both, alone))
+        kept, expected = ([each[2:] for each in getattr(found, name)] for found in (both, alone))
         assert kept == expected
 
 

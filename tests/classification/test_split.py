@@ -9,11 +9,10 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from convmlp.classification import report
 from convmlp.classification.options import parse_options
 from convmlp.classification.split import divide
 
-from .conftest import SMALL, TINY, Result, call_main
+from .conftest import SMALL, TINY, Result, call_main, leave_out_figures
 
 
 def write_digits(root, start, stop, classes=(0, 1, 2)):
@@ -151,8 +150,7 @@ def divided(tmp_path_factory) -> tuple[Path, Result]:
     root = tmp_path_factory.mktemp("divided")
     data = write_digits(root / "digits", 0, 12)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("write_curves", "write_confusion", "write_predictions"):
-            patch.setattr(report, name, lambda path, *rest: path.write_bytes(b""))
+        leave_out_figures(patch)
         code, said = call_main(
             *SMALL, *TINY, "--epochs", 1, "--val-share", "0.4", "--output", root, "--experiment", "run", data
         )

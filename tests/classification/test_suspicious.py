@@ -12,7 +12,7 @@ def test_an_image_that_is_surely_of_another_class_is_found_the_worst_first():
     labels = torch.tensor([0, 0, 1, 1, 1, 1, 0])
     [found] = find_suspicious(probabilities, labels)
     assert (found.index, found.label, found.suggested) == (6, 0, 1)
-    assert (round(found.of_label, 2), round(found.of_suggested, 2)) == (0.05, 0.95)
+    assert (round(found.label_probability, 2), round(found.suggested_probability, 2)) == (0.05, 0.95)
     worse = torch.cat([probabilities, torch.tensor([[0.01, 0.99, 0]])])
     assert [each.index for each in find_suspicious(worse, torch.cat([labels, torch.tensor([0])]))] == [7, 6]
 

@@ -1,22 +1,36 @@
 """Charts of a run: learning curves, a confusion matrix, per-class accuracies, images with predictions."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..common.figures import new_figure, plain, save_figure
+from .calibration import Bin
 from .tables import write_table
 
 LABELLED_CLASSES = 40  # more names than this cannot be read along an axis
 SHEET_COLUMNS = 8
 
+# Of columns of summary.csv, with their labels; of the accuracies the first that is there has the best epoch marked
+PANELS = {
+    "loss": {"train_loss": "training", "eval_loss": "validation", "eval_ema_loss": "validation, averaged"},
+    "accuracy, %": {"eval_top1": "top-1", "eval_top5": "top-5", "eval_ema_top1": "top-1, averaged"}
+    | {"train_top1": "top-1, training", "eval_map": "mAP", "eval_ema_map": "mAP, averaged"},
+    "learning rate": {"lr": ""},
+}
+
 
 class Prediction(NamedTuple):
-    """An evaluated image with its class and the predicted one; to be drawn it is uint8 (h, w, c)."""
+    """An evaluated image with its number, its class and the predicted one; to be drawn it is uint8 (h, w, c)."""
 
     image: Any
+    index: int  # type: ignore[assignment]  # in the place of the method that tuples have
     target: int
     predicted: int
     probability: float
@@ -31,36 +45,38 @@ def write_summary(path: Path, history: Sequence[dict[str, float]]) -> None:
 def write_curves(path: Path, history: Sequence[dict[str, float]]) -> None:
     """curves.png: losses, accuracies and learning rate over the epochs."""
     figure = new_figure(12, 3.6)
-    axes = figure.subplots(1, 3)
-    epochs = [row["epoch"] for row in history]
-    marker = "o" if len(epochs) < 40 else None
-    panels = [
-        ("loss", {"train_loss": "training", "eval_loss": "validation", "eval_ema_loss": "validation, averaged"}),
-        (
-            "validation, %",
-            {"eval_top1": "top-1", "eval_top5": "top-5", "eval_ema_top1": "top-1, averaged"}
-            | {"eval_map": "mAP", "eval_ema_map": "mAP, averaged"},
-        ),
-        ("learning rate", {"lr": ""}),
-    ]
-    for axis, (title, columns) in zip(axes, panels, strict=True):
-        for column, label in columns.items():
-            if column in history[0]:
-                axis.plot(epochs, [row[column] for row in history], marker=marker, markersize=3, label=label)
-        axis.set(title=title, xlabel="epoch")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        if len(columns) > 1:
-            axis.legend(frameon=False)
-    column, label = next(each for each in panels[1][1].items() if each[0] in history[0])
-    best = max(history, key=lambda row: row[column])
-    axes[1].plot(best["epoch"], best[column], "o", markersize=8, fillstyle="none", color="black")
-    axes[1].set_title(f"validation, % (best {label}: {best[column]:.2f}, epoch {best['epoch']:.0f})", fontsize=11)
+    for axis, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        draw_panel(axis, panel, history)
     save_figure(figure, path)
 
 
+def draw_panel(axis: Axes, panel: str, history: Sequence[dict[str, float]]) -> None:
+    """Some columns of summary.csv over the epochs, with the best epoch where they are accuracies."""
+    epochs = [row["epoch"] for row in history]
+    marker = "o" if len(epochs) < 40 else None
+    columns = {column: label for column, label in PANELS[panel].items() if any(column in row for row in history)}
+    for column, label in columns.items():
+        values = [row.get(column, math.nan) for row in history]
+        axis.plot(epochs, values, marker=marker, markersize=3, label=label)
+    axis.set(title=panel, xlabel="epoch")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    if len(columns) > 1:
+        axis.legend(frameon=False)
+    if panel == "accuracy, %":
+        column, label = next(iter(columns.items()))
+        best = max(history, key=lambda row: row[column])
+        axis.plot(best["epoch"], best[column], "o", markersize=8, fillstyle="none", color="black")
+        axis.set_title(f"{panel} (best {label}: {best[column]:.2f}, epoch {best['epoch']:.0f})", fontsize=11)
+
+
 def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str]) -> None:
-    """confusion_matrix.png from counts (true class, predicted class); the colour is the share of the true class."""
+    """confusion_matrix.png, see `confusion_figure`."""
+    save_figure(confusion_figure(confusion, class_names), path)
+
+
+def confusion_figure(confusion: np.ndarray, class_names: Sequence[str]) -> Figure:
+    """Counts (true class, predicted class) as a matrix; the colour is the share of the true class."""
     n = len(class_names)
     size = 8 if n > LABELLED_CLASSES else max(4, 2 + 0.42 * n)
     figure = new_figure(size * 1.1, size)
@@ -77,7 +93,23 @@ def write_confusion(path: Path, confusion: np.ndarray, class_names: Sequence[str
         for row, column in zip(*np.nonzero(confusion), strict=True):
             color = "white" if shares[row, column] > 0.5 else "black"
             axis.text(column, row, confusion[row, column], ha="center", va="center", color=color, fontsize=8)
-    save_figure(figure, path)
+    return figure
+
+
+def reliability_figure(bins: Sequence[Bin]) -> Figure:
+    """How often the model is right over how sure it is; the area of a point is the share of the images."""
+    figure = new_figure(4.6, 4)
+    axis = figure.subplots()
+    axis.plot([0, 1], [0, 1], "--", color="grey", label="perfectly calibrated")
+    n_images = sum(each.images for each in bins)
+    confidence, accuracy = [each.confidence for each in bins], [each.accuracy for each in bins]
+    axis.plot(confidence, accuracy, color="C0", alpha=0.5)
+    axis.scatter(confidence, accuracy, [20 + 400 * each.images / n_images for each in bins], color="C0", alpha=0.7)
+    axis.set(title="right, over how sure", xlabel="probability of the predicted class", ylabel="share that is right")
+    axis.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    return figure
 
 
 def write_predictions(

@@ -5,6 +5,7 @@ A checkpoint is a flat dict of tensors and plain values, so that reading it neve
 
 import errno
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,11 @@ def read_training_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
+def versions() -> dict[str, str]:
+    """Of the packages that a run depends on most."""
+    return {"convmlp": __version__, "timm": timm.__version__, "torch": str(torch.__version__)}
+
+
 def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
     """The checkpoint of a run as it stands between two updates, or after the evaluation of an epoch.
 
@@ -147,8 +153,9 @@ def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
         "evaluated": evaluated,
         "updates": trainer.updates,
         "skipped": trainer.skipped,
-        "loss_sums": trainer.process.gather(trainer.loss_sum.item()),
-        "loss_counts": trainer.process.gather(trainer.loss_count),
+        "loss_sums": trainer.process.gather(trainer.sums[0].item()),
+        "hit_sums": trainer.process.gather(trainer.sums[1].item()),
+        "loss_counts": trainer.process.gather(trainer.count),
         **trainer.task.get_checkpoint_state(),
         **(trainer.task.get_checkpoint_state(ema=True) if trainer.task.has_ema() else {}),
         "optimizer": trainer.optimizer.state_dict(),
@@ -159,7 +166,7 @@ def capture(trainer: "Trainer", evaluated: bool) -> dict[str, Any]:
         "data_config": dict(trainer.data_config),
         "args": trainer.options.stored(),
         "world_size": trainer.process.world_size,
-        "versions": {"convmlp": __version__, "timm": timm.__version__, "torch": str(torch.__version__)},
+        "versions": versions(),
     }
     if trainer.scaler.is_enabled():
         state["scaler"] = trainer.scaler.state_dict()
@@ -201,8 +208,9 @@ def restore(trainer: "Trainer", path: Path, state: dict[str, Any]) -> None:
         trainer.updates = trainer.epoch * trainer.updates_per_epoch  # which another batch size may have changed
     else:
         trainer.epoch, trainer.batch = state["epoch"], state["batch"]
-        trainer.loss_sum.fill_(state["loss_sums"][trainer.process.rank])
-        trainer.loss_count = state["loss_counts"][trainer.process.rank]
+        sums = [state[key][trainer.process.rank] for key in ("loss_sums", "hit_sums") if key in state]
+        trainer.sums.fill_(math.nan)[: len(sums)] = torch.tensor(sums, dtype=torch.float64)  # older ones lack the hits
+        trainer.count = state["loss_counts"][trainer.process.rank]
     if trainer.scheduler:
         trainer.scheduler.step_update(trainer.updates)
         for row in history.rows:  # plateau is a function of the metrics so far

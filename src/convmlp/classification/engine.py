@@ -29,10 +29,11 @@ from .probe import ProbeTrainer
 from .process import Process, start_process
 from .progress import ExternalLogs
 from .recipes import apply_recipe, fit_into_memory
+from .report import WRITTEN, conclude
 from .settings import Options
 from .sources import check_classes, count_classes, open_source, relabel
 from .split import SPLIT, divide
-from .trainer import WRITTEN, Trainer
+from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def train(options: Options, argv: list[str]) -> None:
         restore(trainer, *resumed)
     if not process.primary:
         trainer.run(None)
+        conclude(trainer, data)
         return
     with lock or lock_folder(folder):
         remove_leftovers(folder)
@@ -83,6 +85,7 @@ def train(options: Options, argv: list[str]) -> None:
         write_atomically(folder / "args.yaml", lambda temporary: temporary.write_text(settings))
         data.write(folder)
         trainer.run(ExternalLogs(trainer.options, folder))
+        conclude(trainer, data)
 
 
 def _build_trainer(

@@ -124,3 +124,11 @@ class _WeightedLoss(nn.Module):
         if losses.ndim == 2:  # one a class
             losses = losses.sum(1) if self.sums else losses.mean(1)
         return (losses * weights).mean()
+
+
+def share_of_hits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """How much of a batch has the right class as the most probable one, 0 to 1; of mixed images, that of the larger
+    part. Logits are (b, classes), targets (b,), or (b, classes) where images are mixed.
+    """
+    classes = targets if targets.ndim == 1 else targets.argmax(1)
+    return (logits.detach().argmax(1) == classes).float().mean()

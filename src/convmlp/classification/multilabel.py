@@ -62,6 +62,18 @@ class LabelPredictions:
         """What the checkpoint learns of the evaluation."""
         return {"thresholds": [each.threshold for each in self.labels]}
 
+    def class_figures(self) -> list[dict[str, float]]:
+        """The figures of each class, shares in per cent."""
+        return [
+            {"images": each.images, "threshold": each.threshold}
+            | {key: 100 * float(getattr(each, key)) for key in ("precision", "recall", "f1")}
+            for each in self.labels
+        ]
+
+    def figures(self) -> dict[str, Any]:
+        """Nothing beside those of the classes."""
+        return {}
+
     def figures_line(self, metrics: dict[str, float]) -> str:
         """What the log says of an evaluation."""
         f1 = 100 * sum(each.f1 for each in self.labels) / len(self.labels)

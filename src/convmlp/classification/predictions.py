@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix
 
 from ..common.errors import plural
 from ..common.images import to_image
@@ -37,14 +36,17 @@ class Predictions:
         self.targets = torch.empty(0, dtype=torch.long)
         self.indices: list[int] = []
         self._batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._n_seen = 0
 
     def update(self, images: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
         """Keep a batch."""
         logits, targets = logits.float().cpu(), targets.cpu()
         self._batches.append((logits, targets))
         probabilities, predicted = logits.softmax(1).max(1)
-        for image, *answer in zip(images, targets.tolist(), predicted.tolist(), probabilities.tolist(), strict=True):
-            self._show(Prediction(image, *answer))
+        columns = (targets.tolist(), predicted.tolist(), probabilities.tolist())
+        for image, *answer in zip(images, *columns, strict=True):
+            self._show(Prediction(image, self._n_seen, *answer))
+            self._n_seen += 1
 
     def _show(self, each: Prediction) -> None:
         """Keep it if it is worth showing, without the batch that it is a part of."""
@@ -66,7 +68,10 @@ class Predictions:
     def gather(self, process: Process, indices: Sequence[int]) -> None:
         """Bring those of all processes together; `indices` are this one's images."""
         own = (*map(torch.cat, zip(*self._batches, strict=True)),) if self._batches else (self.logits, self.targets)
-        shown = [each._replace(image=each.image.cpu()) for each in (*self.mistakes, *self.hits)]
+        shown = [
+            each._replace(image=each.image.cpu(), index=indices[each.index] if indices else -1)
+            for each in (*self.mistakes, *self.hits)
+        ]
         shares = process.gather((*own, list(indices), shown))
         self.logits, self.targets = (torch.cat([share[i] for share in shares]) for i in (0, 1))
         self.indices = [index for share in shares for index in share[2]]
@@ -78,7 +83,8 @@ class Predictions:
     @cached_property
     def confusion(self) -> np.ndarray:
         """Counts (true class, predicted class)."""
-        return confusion_matrix(self.targets, self.logits.argmax(1), labels=range(self.num_classes))
+        pairs = self.targets * self.num_classes + self.logits.argmax(1)
+        return torch.bincount(pairs, minlength=self.num_classes**2).view(self.num_classes, -1).numpy()
 
     @cached_property
     def calibration(self) -> Calibration:
@@ -87,6 +93,15 @@ class Predictions:
     def fitted(self) -> dict[str, Any]:
         """What the checkpoint learns of the evaluation."""
         return {"temperature": self.calibration.temperature}
+
+    def class_figures(self) -> list[dict[str, float]]:
+        """The figures of each class, see `charts.class_figures`."""
+        return charts.class_figures(self.confusion)
+
+    def figures(self) -> dict[str, Any]:
+        """Confusion counts (true class, predicted class) and calibration, in plain values."""
+        calibration = self.calibration._asdict() | {"bins": [each._asdict() for each in self.calibration.bins]}
+        return {"confusion": self.confusion.tolist(), "calibration": calibration}
 
     def figures_line(self, metrics: dict[str, float]) -> str:
         """What the log says of an evaluation."""

@@ -13,6 +13,7 @@ from ..common.devices import autocast
 from ..common.errors import RunError
 from ..timm_models import TimmModel
 from .loaders import Loader
+from .losses import share_of_hits
 from .trainer import Trainer
 
 _logger = logging.getLogger(__name__)
@@ -27,8 +28,8 @@ class ProbeTrainer(Trainer):
     The images are not augmented, so the training loader is one of evaluation.
     """
 
-    def train_epoch(self) -> tuple[float, str]:
-        """Fit the head; returns the mean loss, and in words how fast the features were computed."""
+    def train_epoch(self) -> tuple[dict[str, float], str]:
+        """Fit the head; returns loss and accuracy, and in words how fast the features were computed."""
         head = self._timm_model().get_classifier()
         if not isinstance(head, nn.Linear):
             raise RunError(f"--recipe probe needs a model with one linear head; {self.options.model} has another")
@@ -44,9 +45,10 @@ class ProbeTrainer(Trainer):
                 head.bias.copy_(found.bias)
         self.process.broadcast(head)
         with torch.no_grad():
-            loss = F.cross_entropy(head(features.to(head.weight)), targets.to(head.weight.device))
+            logits, targets = head(features.to(head.weight)), targets.to(head.weight.device)
         self.batch = len(self.train_loader)
-        return loss.item(), pace
+        hits = share_of_hits(logits, targets).item()
+        return {"train_loss": F.cross_entropy(logits, targets).item(), "train_top1": 100 * hits}, pace
 
     def _timm_model(self) -> TimmModel:
         return self.model

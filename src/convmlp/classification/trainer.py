@@ -8,8 +8,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import numpy as np
 import torch
 from timm.utils import dispatch_clip_grad, distribute_bn, unwrap_model
 from torch import nn
@@ -19,24 +20,22 @@ from ..backbones import hold
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
+from ..use.classifier import Classifier
 from ..weights import extract_state_dict, read_checkpoint
 from . import charts
 from .batches import seed_all
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
-from .data import DUPLICATES, SPLIT
-from .evaluation import FullBatches, evaluate, log_unreadable, make_predictions
+from .evaluation import FullBatches, evaluate
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader
+from .losses import share_of_hits
 from .models import build_optimizer, build_schedule, build_task, first_stages
 from .process import Process
 from .progress import Clock, EpochProgress, ExternalLogs, epoch_line
 from .settings import Options
 
 _logger = logging.getLogger(__name__)
-
-WRITTEN = [BEST, LAST, "summary.csv", "args.yaml", "curves.png", "confusion_matrix.png", "predictions.png"]
-WRITTEN += ["per_class.csv", SPLIT, DUPLICATES]
 
 
 @dataclass(eq=False)
@@ -71,8 +70,8 @@ class Trainer:
         self.batch = 0  # batches of this epoch that are trained on
         self.updates, self.skipped = 0, 0  # the latter are left out for numbers that were not finite
         precise = torch.float32 if process.device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=precise, device=process.device)
-        self.loss_count = 0
+        self.sums = torch.zeros(2, dtype=precise, device=process.device)  # of the loss and the share of hits a batch
+        self.count = 0
         self.stop = StopRequest()
         self.finite = FiniteCheck(self.folder, self.train_loader, process.rank)
         self.saved_at = time.monotonic()
@@ -102,7 +101,7 @@ class Trainer:
             )
 
     def run(self, logs: ExternalLogs | None) -> None:
-        """Train to the end, then show how the best checkpoint does. The primary process has the logs."""
+        """Train to the end. The primary process has the logs."""
         precision = "float32" if self.amp_dtype is None else str(self.amp_dtype).removeprefix("torch.")
         _logger.info(
             f"{self.options.model}, {plural(len(self.class_names), 'class')}, {self.train_loader.n_images} training "
@@ -121,13 +120,12 @@ class Trainer:
         finally:
             if logs:
                 logs.close()
-        self._finish()
 
     def _run_epoch(self, logs: ExternalLogs | None) -> None:
         """Train and evaluate from where the run stands to the start of the next epoch."""
         start = time.perf_counter()
-        train_loss, pace = self.train_epoch()
-        row = self.evaluate_epoch(train_loss)
+        figures, pace = self.train_epoch()
+        row = self.evaluate_epoch(figures)
         if row is None:
             self._save_and_stop()
         self.save(evaluated=True)
@@ -139,8 +137,8 @@ class Trainer:
             if collapse := self.history.collapse(self.options):
                 _logger.warning(collapse)
         self.epoch, self.batch = self.epoch + 1, 0
-        self.loss_sum.zero_()
-        self.loss_count = 0
+        self.sums.zero_()
+        self.count = 0
         if self.epoch < self.epochs and self._end():
             _logger.info(f"stopping early: {self._end()}")
 
@@ -153,8 +151,8 @@ class Trainer:
             return f"{plural(stale, 'epoch')} without a better {self.metric} (--early-stop {patience})"
         return ""
 
-    def train_epoch(self) -> tuple[float, str]:
-        """The rest of this epoch; returns the mean loss of the whole epoch, and in words how fast it went."""
+    def train_epoch(self) -> tuple[dict[str, float], str]:
+        """The rest of this epoch; returns loss and accuracy of the whole epoch, and in words how fast it went."""
         options, process = self.options, self.process
         first, n_batches = self.batch, len(self.train_loader)
         check_interval = 1 if process.device.type == "cpu" else options.log_interval
@@ -188,8 +186,12 @@ class Trainer:
             distribute_bn(self.model, process.world_size, options.dist_bn == "reduce")
             if self.average is not None:
                 distribute_bn(self.average, process.world_size)
-        count, total = sum(process.gather(self.loss_count)), sum(process.gather(self.loss_sum.item()))
-        return total / count if count else math.nan, clock.pace()
+        count = sum(process.gather(self.count)) or math.nan
+        total_loss, hits = np.sum(process.gather(self.sums.tolist()), axis=0).tolist()
+        figures = {"train_loss": total_loss / count, "train_top1": 100 * hits / count}
+        if options.multi_label:
+            del figures["train_top1"]
+        return figures, clock.pace()
 
     def train_step(self, batches: Iterator[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor | None:
         """One update of the weights, from one batch or from --grad-accum-steps of them.
@@ -199,22 +201,23 @@ class Trainer:
         options, task = self.options, self.task
         size = min(options.grad_accum_steps, len(self.train_loader) - self.batch)
         statistics = [buffer.clone() for buffer in self.model.buffers()] if options.skip_nonfinite else []
-        losses: list[torch.Tensor] = []
+        figures: list[torch.Tensor] = []
         for images, targets in islice(batches, size):
             if options.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             # Dropout and stochastic depth draw numbers; keyed by the step, they are the same after a resumption
             seed_all(options.seed, "step", self.epoch, self.batch, self.process.rank)
             # Processes average their gradients with the last batch of an update, and save the time before
-            with nullcontext() if len(losses) == size - 1 else task.no_sync():
+            with nullcontext() if len(figures) == size - 1 else task.no_sync():
                 with autocast(self.process.device, self.amp_dtype):
-                    loss = task(images, targets)["loss"]
+                    found = task(images, targets)
+                    loss = found["loss"]
                 # Gradients add up over batches; in float16 the small ones would be 0, so the loss is scaled up
                 self.scaler.scale(loss / size).backward()
-            losses.append(loss.detach())
-            self.finite.add("the loss", self.batch, losses[-1])
+            figures.append(torch.stack([loss.detach(), share_of_hits(found["output"], targets)]))
+            self.finite.add("the loss", self.batch, figures[-1][0])
             self.batch += 1
-        if not losses:
+        if not figures:
             return None
         # Clipping bounds how far one odd batch can push the weights
         norm = self.clip_gradients()
@@ -227,9 +230,9 @@ class Trainer:
                 buffer.copy_(value)
         else:
             self.scaler.step(self.optimizer)
-            self.loss_count += len(losses)
-            for loss in losses:
-                self.loss_sum += loss
+            self.count += len(figures)
+            for each in figures:
+                self.sums += each
         self.scaler.update()
         self.optimizer.zero_grad()
         # The average follows the weights, and the schedule sets the learning rate of the next update
@@ -238,7 +241,7 @@ class Trainer:
             task.update_ema(step=self.updates)
         if self.scheduler:
             self.scheduler.step_update(self.updates)
-        return losses[-1]
+        return figures[-1][0]
 
     def clip_gradients(self) -> torch.Tensor:
         """Clip as the options ask; returns the norm of all gradients as it was before."""
@@ -277,9 +280,9 @@ class Trainer:
                 "--no-amp may help; --skip-nonfinite N leaves out up to N such updates"
             )
 
-    def evaluate_epoch(self, train_loss: float) -> dict[str, float] | None:
+    def evaluate_epoch(self, figures: dict[str, float]) -> dict[str, float] | None:
         """The row of this epoch in the summary, or None if a signal came first."""
-        row: dict[str, float] = {"epoch": self.epoch, "train_loss": train_loss}
+        row: dict[str, float] = {"epoch": self.epoch, **figures}
         for prefix, model in {"eval_": self.eval_model, "eval_ema_": self.average}.items():
             if model is None:
                 continue
@@ -327,22 +330,22 @@ class Trainer:
         last = self.folder / LAST
         return f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
 
-    def _finish(self) -> None:
-        """Evaluate the best checkpoint once more, in detail."""
+    def load_best(self) -> nn.Module:
+        """The model in evaluation mode, or its average, with the weights of the best epoch; all processes take part."""
         model, weights = self.eval_model, self.model
         if self.average is not None:
             model, weights = self.average, unwrap_model(self.average)
         if self.process.primary:
-            best = self.folder / (BEST if (self.folder / BEST).exists() else LAST)
-            weights.load_state_dict(extract_state_dict(read_checkpoint(best)))
+            weights.load_state_dict(extract_state_dict(read_checkpoint(self.best_checkpoint)))
         self.process.broadcast(weights)
-        predictions = make_predictions(self.options, self.val_loader)
-        metrics = evaluate(model, self.val_loader, self.options, self.process, predictions, desc="evaluating the best")
-        for loader in (self.train_loader, self.val_loader):
-            log_unreadable(loader, self.process)
-        if self.process.primary:
-            predictions.write(self.folder, self.class_names, self.data_config)
-            write_checkpoint(best, {**read_checkpoint(best), **predictions.fitted()})
-            written = ", ".join(name for name in WRITTEN if (self.folder / name).exists())
-            figures = predictions.figures_line(metrics)
-            _logger.info(f"best epoch {self.history.best_epoch}: {figures}\n{self.folder}: {written}")
+        return model.eval()
+
+    def as_classifier(self) -> Classifier:
+        """The model as it is evaluated, neither compiled nor distributed, to look inside."""
+        model = self.model if self.average is None else unwrap_model(self.average)
+        name, config = self.options.model, dict[str, Any](self.data_config)
+        return Classifier(name, model, self.class_names, config, self.process.device, name)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.folder / (BEST if (self.folder / BEST).exists() else LAST)

@@ -94,9 +94,8 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
         indices = [find_class(classifier, name) for name in wanted] or [int(probabilities.argmax())]
         pixels = _show_input(axes[0], image, classifier)
         for axis, index in zip(axes[1:], indices, strict=True):
-            heat_map = activation_map(image, classifier, index)
-            heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
-            axis.imshow(0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255)
+            [heat_map] = activation_maps(classifier, classifier.preprocess([image]), [index])
+            axis.imshow(blend(pixels, heat_map))
             found = "" if heat_map.any() else ": nowhere found"
             name = f"{classifier.class_names[index]} ({100 * probabilities[index]:.0f} %){found}"
             axis.set_title(_wrap(name, side, 8), fontsize=8)
@@ -114,8 +113,19 @@ def find_class(classifier: Classifier, wanted: str) -> int:
     raise RunError(f"{classifier.title} has no class {wanted}{suggest(wanted, names)}")
 
 
-def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
-    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
+def blend(pixels: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
+    """An image, uint8 (h, w, channels), in grey under the colours of a map, (h, w) in 0 to 1: (h, w, 3) in 0 to 1."""
+    heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
+    return 0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255
+
+
+def activation_maps(
+    classifier: Classifier, batch: torch.Tensor, class_indices: Sequence[int], least: int = 1
+) -> np.ndarray:
+    """Grad-CAM of a class for each image of a normalised batch, 0 to 1, as large as the images, (b, h, w).
+
+    It is that of the last feature map of at least so many pixels a side.
+    """
     from pytorch_grad_cam import GradCAM
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -123,7 +133,9 @@ def activation_map(image: Image.Image, classifier: Classifier, class_index: int)
     if not info:
         raise RunError(f"{classifier.name} does not tell its feature maps to timm")
     has_class_token = getattr(classifier.model, "num_prefix_tokens", 0) > 0
-    level = info[-2 if has_class_token else -1]  # behind the last block the other tokens no longer matter
+    levels = list(info)[: -1 if has_class_token else None]  # behind the last block the other tokens no longer matter
+    large = [level for level in levels if min(batch.shape[2:]) // level["reduction"] >= least]
+    level = (large or levels)[-1]
 
     def to_nchw(x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 3:  # tokens, (b, n, c), perhaps with others before those of the image
@@ -140,11 +152,10 @@ def activation_map(image: Image.Image, classifier: Classifier, class_index: int)
 
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message=".*full backward hook.*")
-        batch = classifier.preprocess([image])
         try:
             layer = classifier.model.get_submodule(level["module"])
             with GradCAM(classifier.model, [layer], reshape_transform=to_nchw) as cam:
-                return cam(batch, [ClassifierOutputTarget(class_index)])[0]
+                return cam(batch, [ClassifierOutputTarget(index) for index in class_indices])
         except (AttributeError, TypeError) as error:  # several maps, or none that the head looks at
             raise RunError(f"{classifier.title} has no single last map that Grad-CAM could look at: {error}") from error
 
