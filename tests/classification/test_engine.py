@@ -212,10 +212,12 @@ def test_mistakes_end_with_one_clear_line_and_nothing_written(run, capsys, argum
     assert not folder.exists() or not list(folder.iterdir())
 
 
-def test_a_missing_package_is_named_before_the_training(run, monkeypatch):
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_missing_package_is_named_before_the_training(run, monkeypatch, package):
     monkeypatch.setattr("convmlp.common.packages.importlib.util.find_spec", lambda name: None)
-    code, said, folder = run("--log-wandb")
-    assert code == 2 and "--log-wandb needs a missing package: pip install wandb" in said and not folder.exists()
+    code, said, folder = run(f"--log-{package}")
+    assert code == 2 and f"--log-{package} needs a missing package: pip install {package}" in said
+    assert not folder.exists()
 
 
 def test_checkpoints_of_other_variants_classes_or_purpose_are_refused(run, tmp_path):

@@ -91,10 +91,10 @@ def epoch_line(row: dict[str, float], epochs: int, pace: str, seconds: float) ->
 
 
 class ExternalLogs:
-    """TensorBoard and Weights & Biases, when asked for."""
+    """TensorBoard, Weights & Biases and MLflow, when asked for."""
 
     def __init__(self, options: Options, folder: Path):
-        self.tensorboard = self.wandb = None
+        self.tensorboard = self.wandb = self.mlflow = None
         if options.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -104,6 +104,12 @@ class ExternalLogs:
 
             settings = {"name": folder.name, "config": options.stored(), "dir": str(folder)}
             self.wandb = wandb.init(project=options.wandb_project, **settings)
+        if options.log_mlflow:
+            import mlflow
+
+            self.mlflow = mlflow
+            mlflow.start_run(run_name=folder.name)
+            mlflow.log_params(options.stored())
 
     @staticmethod
     def check(options: Options) -> None:
@@ -112,6 +118,8 @@ class ExternalLogs:
             need("--log-tensorboard", "tensorboard")
         if options.log_wandb:
             need("--log-wandb", "wandb")
+        if options.log_mlflow:
+            need("--log-mlflow", "mlflow")
 
     def write(self, row: dict[str, float]) -> None:
         if self.tensorboard:
@@ -119,9 +127,13 @@ class ExternalLogs:
                 self.tensorboard.add_scalar(name, value, row["epoch"])
         if self.wandb:
             self.wandb.log(row)
+        if self.mlflow:
+            self.mlflow.log_metrics(row, step=int(row["epoch"]))
 
     def close(self) -> None:
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
             self.wandb.finish()
+        if self.mlflow:
+            self.mlflow.end_run()

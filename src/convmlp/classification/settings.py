@@ -240,6 +240,7 @@ class Records(Group):
     )
     log_tensorboard: bool = option(False)
     log_wandb: bool = option(False)
+    log_mlflow: bool = option(False, "where MLFLOW_TRACKING_URI says, by default in this folder")
     wandb_project: str | None = option(None, "", "NAME")
 
 
