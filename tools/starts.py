@@ -11,7 +11,6 @@ classification.py on it from each start; if it was interrupted, it continues. CL
 
 import argparse
 import csv
-import gzip
 import math
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from clothes import make_images
 from torch import nn
 
 from convmlp import ConvMLP, zoo
@@ -28,7 +27,7 @@ from convmlp.layers import ConvMLPBlock
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 10
-IMAGES = {"train": ("train", 2000), "val": ("t10k", 500)}
+IMAGES = {"train": 2000, "val": 500}
 OPTIONS = "--batch-size 64 --scale 0.7 1 --workers 0 --no-amp --resume auto".split()
 STARTS = {  # from normal noise of the weight's shape, (dim, 1, 3, 3)
     "reference": lambda noise: noise * math.sqrt(2 / (9 * len(noise))),
@@ -73,18 +72,6 @@ def measure(options: argparse.Namespace) -> list[str]:
     return rows
 
 
-def make_images(clothes: Path, folder: Path) -> None:
-    """The first images of each split, as FOLDER/SPLIT/CLASS/NUMBER.png."""
-    for split, (prefix, count) in IMAGES.items():
-        files = [clothes / f"{prefix}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-        images, labels = (np.frombuffer(gzip.decompress(file.read_bytes()), np.uint8) for file in files)
-        labels = labels[8:]
-        for number, image in enumerate(images[16:].reshape(-1, 28, 28)[:count]):
-            path = folder / split / str(labels[number]) / f"{number:05}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-
-
 def train(variant: str, size: int, warmup: int, start: str, seed: int, options: argparse.Namespace) -> list[float]:
     """Top-1 in per cent after each epoch of a run."""
     name = f"{variant}_{size}px_warmup{warmup}_{start}_seed{seed}"
@@ -102,7 +89,7 @@ def train(variant: str, size: int, warmup: int, start: str, seed: int, options: 
 
 def compare(options: argparse.Namespace) -> list[str]:
     """A row for each model, size, warm-up and start: top-1 after each epoch, mean over the seeds."""
-    make_images(options.clothes, options.output / "images")
+    make_images(options.clothes, options.output / "images", IMAGES)
     rows = ["| model | px | warm-up | start | top-1 after each epoch, mean | last, each seed |"]
     rows += ["|---|--:|--:|---|---|---|"]
     for case in product(options.models, options.sizes, options.warmup, STARTS):
