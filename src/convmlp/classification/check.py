@@ -3,6 +3,7 @@
 A copy has the same content, or is near: the same image encoded anew, in another size, a little brighter or cropped.
 """
 
+import csv
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -219,6 +220,14 @@ def _find_near(views: Sequence[_View]) -> dict[int, int]:
 def write_duplicates(path: Path, duplicates: Sequence[Duplicate]) -> None:
     """duplicates.csv: each copy with the image that it is one of."""
     write_table(path, Duplicate._fields, duplicates)
+
+
+def read_duplicates(path: Path) -> list[Duplicate]:
+    """The rows of duplicates.csv, or none where there was no look."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return [Duplicate(**row) for row in csv.DictReader(file)]
 
 
 def _copies(duplicates: Sequence[Duplicate]) -> str:

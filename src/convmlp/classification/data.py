@@ -1,13 +1,12 @@
 """Data of a run: the training and the validation images, divided, looked at, and kept apart."""
 
-import csv
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..common.errors import RunError, plural, some
-from .check import DUPLICATES, MOST_IMAGES, Duplicate, Findings, image_names, look, write_duplicates
+from .check import DUPLICATES, MOST_IMAGES, Findings, image_names, look, read_duplicates, write_duplicates
 from .folders import Item
 from .process import Process
 from .settings import Options
@@ -77,11 +76,7 @@ def _look(options: Options, train: Any, val: Any) -> Findings | None:
 
 def read_copies(path: Path) -> set[str]:
     """The training images that an earlier look found to be copies of validation images."""
-    if not path.exists():
-        return set()
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = [Duplicate(**row) for row in csv.DictReader(file)]
-    return {each.path for each in rows if each.leaks}
+    return {each.path for each in read_duplicates(path) if each.leaks}
 
 
 def leave_out(train: Source, copies: set[str]) -> Source:

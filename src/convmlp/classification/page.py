@@ -32,6 +32,7 @@ from .trainer import Trainer
 SHOWN = 12  # pictures a sheet
 LARGEST = 160  # px of a picture
 SMALLEST_MAP = 4  # px of a feature map that tells where a model looks
+AT_ONCE = 8  # pictures, whose gradients need memory
 
 
 class Picture(NamedTuple):
@@ -136,9 +137,13 @@ def _heats(trainer: Trainer, shown: Sequence[Prediction]) -> tuple[list[str], st
         return nothing, f"After {pip_line('grad-cam')} the report of a run also shows where the model looks."
     from ..use.visualize import activation_maps, blend
 
-    images = torch.stack([each.image for each in shown]).to(trainer.process.device)
+    maps: list[np.ndarray] = []
     try:
-        maps = activation_maps(trainer.as_classifier(), images, [each.predicted for each in shown], least=SMALLEST_MAP)
+        for start in range(0, len(shown), AT_ONCE):
+            part = shown[start : start + AT_ONCE]
+            images = torch.stack([each.image for each in part]).to(trainer.process.device)
+            classes = [each.predicted for each in part]
+            maps += [*activation_maps(trainer.as_classifier(), images, classes, least=SMALLEST_MAP)]
     except RunError as error:
         return nothing, f"Where the model looks cannot be told: {error}."
     heats = [np.round(255 * blend(_pixels(each, trainer), heat)) for each, heat in zip(shown, maps, strict=True)]

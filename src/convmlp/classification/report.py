@@ -8,7 +8,7 @@ from typing import Any
 
 from ..common.files import write_atomically
 from ..weights import read_checkpoint
-from .check import DUPLICATES
+from .check import DUPLICATES, read_duplicates
 from .checkpoints import BEST, LAST, versions, write_checkpoint
 from .data import ImageData
 from .evaluation import evaluate, log_unreadable, make_predictions
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 REPORT, FIGURES = "report.html", "report.json"
 WRITTEN = [BEST, LAST, "summary.csv", "args.yaml", "curves.png", "confusion_matrix.png", "predictions.png"]
 WRITTEN += ["per_class.csv", SPLIT, DUPLICATES, SUSPICIOUS, FIGURES, REPORT]
-MOST_ROWS = 100  # of suspicious labels and of duplicates in the report; the CSV files have all
+MOST_ROWS = 100  # of a list in the report; the CSV files and the log have all
 
 
 def conclude(trainer: Trainer, data: ImageData) -> None:
@@ -67,7 +67,8 @@ def collect_figures(
 
     Shares are in per cent where summary.csv has them so; probabilities and calibration errors are in 0 to 1.
     """
-    findings, names = data.findings, trainer.class_names
+    names, duplicates = trainer.class_names, read_duplicates(trainer.folder / DUPLICATES)
+    unreadable = [*trainer.train_loader.unreadable, *trainer.val_loader.unreadable]
     of_class = count_classes(data.train, trainer.options, len(names))
     classes = [{"class": name, **each} for name, each in zip(names, predictions.class_figures(), strict=True)]
     if of_class is not None:
@@ -86,15 +87,16 @@ def collect_figures(
         **predictions.figures(),
         "n_suspicious": len(doubts),
         "suspicious": [each._asdict() for each in doubts[:MOST_ROWS]],
-        "unreadable": [*trainer.train_loader.unreadable, *trainer.val_loader.unreadable],
+        "n_duplicates": len(duplicates),
+        "duplicates": [each._asdict() for each in duplicates[:MOST_ROWS]],
+        "n_unreadable": len(unreadable),
+        "unreadable": unreadable[:MOST_ROWS],
         "history": trainer.history.rows,
         "settings": trainer.options.stored(),
         "versions": {**versions(), "python": platform.python_version()},
         "command": f"convmlp train -c {trainer.folder / 'args.yaml'} --experiment {trainer.folder.name}-again",
     }
-    if findings:
-        sides = ("smallest_side", "median_side", "largest_side")
-        figures |= {key: getattr(findings, key) for key in sides} | {"n_duplicates": len(findings.duplicates)}
-        figures["duplicates"] = [each._asdict() for each in findings.duplicates[:MOST_ROWS]]
+    if data.findings:
+        figures |= {key: getattr(data.findings, key) for key in ("smallest_side", "median_side", "largest_side")}
     without_nan: dict[str, Any] = json.loads(json.dumps(figures), parse_constant=lambda name: None)
     return without_nan

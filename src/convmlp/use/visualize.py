@@ -150,6 +150,7 @@ def activation_maps(
             )
         return maps
 
+    batch = batch.detach().clone().requires_grad_()  # for models with frozen stages
     with warnings.catch_warnings(), torch.enable_grad():
         warnings.filterwarnings("ignore", message=".*full backward hook.*")
         try:
