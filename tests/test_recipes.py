@@ -31,8 +31,8 @@ PRINTS: dict[str, list[str]] = {
         r"stages\.2: \(32, 128, 1, 2\)",
     ],
     "distillation": [
-        r"output/teacher/summary.csv <==\n1,[\d.]+,[\d.]+,([89]\d\.|100)",
-        r"output/student/summary.csv <==\n1,[\d.]+,[\d.]+,([89]\d\.|100)",
+        r"output/teacher/summary.csv <==\n1,[\d.]+,[\d.]+,[\d.]+,([89]\d\.|100)",
+        r"output/student/summary.csv <==\n1,[\d.]+,[\d.]+,[\d.]+,([89]\d\.|100)",
     ],
     "grad_cam": [
         r"stages\[1\]: [6-9]\d % [1-3]?\d %",

@@ -40,16 +40,6 @@ def test_two_processes_train_together_and_one_evaluates_what_they_learned(start,
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_like_one(start, trained, tmp_path):
-    best = str(trained.folder / "best.pth")
-    said = [finish(start(n, "--eval", best, experiment=f"of{n}")) for n in (1, 2)]
-    summaries = [[line for line in text.splitlines() if "top-1" in line] for text in said]
-    assert summaries[0] and summaries[0] == summaries[1]
-    tables = [(tmp_path / "out" / f"of{n}" / "per_class.csv").read_text() for n in (1, 2)]
-    assert tables[0] == tables[1]
-
-
-@pytest.mark.slow
 def test_a_process_without_validation_images_waits_for_no_one(start, make_pictures, tmp_path):
     data = make_pictures("one", classes=(3,), splits={"train": 16, "val": 1})
     said = finish(start(2, *TINY, "--batch-size", "4", "--epochs", "1", experiment="one", data=data))
@@ -57,7 +47,7 @@ def test_a_process_without_validation_images_waits_for_no_one(start, make_pictur
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_evaluate_and_train_alike(start, make_pictures, tmp_path):
+def test_one_and_three_processes_evaluate_and_train_alike(start, make_pictures, tmp_path):
     """19 validation images do not divide by anything; Pure-MLP has no BatchNorm, and nothing mixes images."""
     data = make_pictures()
     extra = make_pictures("extra", classes=(3,), splits={"train": 8, "val": 4})
@@ -66,13 +56,13 @@ def test_one_two_and_four_processes_evaluate_and_train_alike(start, make_picture
     arguments = ["--model", "pure_mlp_s", "--opt", "sgd", "--lr", "0.05", "--aa", "rand-m9-mstd0.5-inc1", "--no-amp"]
     best = str(tmp_path / "out" / "of1" / "best.pth")
     states, tables = [], []
-    for n in (1, 2, 4):
-        batch = ["--batch-size", str(8 // n), "--drop-path", "0"]
+    for n in (1, 3):
+        batch = ["--batch-size", str(6 // n), "--drop-path", "0"]
         finish(start(n, *arguments, *batch, experiment=f"of{n}", data=data))
         states.append(read(tmp_path / "out" / f"of{n}" / "last.pth"))
         finish(start(n, "--eval", best, "--batch-size", "3", experiment=f"eval{n}", data=data))
         tables.append((tmp_path / "out" / f"eval{n}" / "per_class.csv").read_text())
-    assert tables[0] == tables[1] == tables[2]
+    assert tables[0] == tables[1]
     one = states[0]
     for several in states[1:]:
         for name, weight in one["state_dict"].items():

@@ -94,7 +94,7 @@ def cam_figure(image: Image.Image, classifiers: Sequence[Classifier], wanted: Se
         indices = [find_class(classifier, name) for name in wanted] or [int(probabilities.argmax())]
         pixels = _show_input(axes[0], image, classifier)
         for axis, index in zip(axes[1:], indices, strict=True):
-            [heat_map] = activation_maps(classifier, classifier.preprocess([image]), [index])
+            heat_map = activation_map(image, classifier, index)
             axis.imshow(blend(pixels, heat_map))
             found = "" if heat_map.any() else ": nowhere found"
             name = f"{classifier.class_names[index]} ({100 * probabilities[index]:.0f} %){found}"
@@ -117,6 +117,11 @@ def blend(pixels: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
     """An image, uint8 (h, w, channels), in grey under the colours of a map, (h, w) in 0 to 1: (h, w, 3) in 0 to 1."""
     heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
     return 0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255
+
+
+def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
+    """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
+    return activation_maps(classifier, classifier.preprocess([image]), [class_index])[0]
 
 
 def activation_maps(
