@@ -89,7 +89,8 @@ def train(name: str, seed: int, options: argparse.Namespace) -> tuple[float, flo
 
 def compare(options: argparse.Namespace) -> list[Result]:
     """All models with all seeds, seed by seed, so that an interrupted call has something to compare."""
-    make_images(options.clothes, options.output / "images", {"train": options.images, "val": N_TEST})
+    for split, count in {"train": options.images, "val": N_TEST}.items():
+        make_images(options.clothes, options.output / "images" / split, split, count)
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in options.entries}
     for seed in options.seeds:
         for name, runs in found.items():

@@ -89,7 +89,8 @@ def train(variant: str, size: int, warmup: int, start: str, seed: int, options: 
 
 def compare(options: argparse.Namespace) -> list[str]:
     """A row for each model, size, warm-up and start: top-1 after each epoch, mean over the seeds."""
-    make_images(options.clothes, options.output / "images", IMAGES)
+    for split, count in IMAGES.items():
+        make_images(options.clothes, options.output / "images" / split, split, count)
     rows = ["| model | px | warm-up | start | top-1 after each epoch, mean | last, each seed |"]
     rows += ["|---|--:|--:|---|---|---|"]
     for case in product(options.models, options.sizes, options.warmup, STARTS):

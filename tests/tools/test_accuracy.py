@@ -32,13 +32,13 @@ def digits(tmp_path_factory):
 
 
 def test_images_are_written_by_class_and_a_missing_file_is_named(digits, tmp_path):
-    clothes.make_images(digits, tmp_path, {"train": 30, "val": 20})
     labels = load_digits().target
     for split, (first, count) in {"train": (0, 30), "val": (200, 20)}.items():
+        clothes.make_images(digits, tmp_path / split, split, count)
         found = {int(path.stem): path.parent.name for path in (tmp_path / split).glob("*/*.png")}
-        assert found == {number: str(labels[first + number]) for number in range(count)}
+        assert found == {number: clothes.NAMES[labels[first + number]] for number in range(count)}
     with pytest.raises(RunError, match="train-images-idx3-ubyte.gz is not there; Debian's package"):
-        clothes.make_images(tmp_path, tmp_path / "x", {"train": 1})
+        clothes.make_images(tmp_path, tmp_path / "x", "train", 1)
 
 
 @pytest.mark.slow

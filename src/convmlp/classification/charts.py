@@ -121,7 +121,7 @@ def write_predictions(
     n_images, n_right = confusion.sum(), np.trace(confusion)
     title = f"{n_right} of {n_images} right"
     if n_right < n_images:
-        title += "; the surest mistakes come first, in red, from as many classes as possible"
+        title += "; the surest mistakes come first, in red, from as many classes as possible, then the least sure hits"
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, SHEET_COLUMNS, squeeze=False).ravel()
     for axis in axes:
