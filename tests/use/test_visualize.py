@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
+from convmlp.common.activation import activation_maps
 from convmlp.common.errors import RunError
 from convmlp.common.figures import save_figure
 from convmlp.use.visualize import (
     activation_map,
-    activation_maps,
     cam_figure,
     feature_figure,
     feature_maps,
@@ -53,7 +53,7 @@ def test_any_model_of_timm_shows_four_stages(make_classifier, image, name, shape
 
 def test_the_activation_map_is_grad_cam(make_classifier, image):
     classifier = make_classifier(img_size=128)
-    [heat, other] = activation_maps(classifier, classifier.preprocess([image, image.rotate(90)]), [281, 3])
+    [heat, other] = activation_maps(classifier.model, classifier.preprocess([image, image.rotate(90)]), [281, 3], "")
     assert not np.allclose(heat, other)
     maps = []
     hook = classifier.model.stages[-1].register_forward_hook(lambda module, inputs, output: maps.append(output))
@@ -72,16 +72,16 @@ def test_a_map_of_one_place_is_refused_and_leaves_no_hooks(make_classifier, imag
     with pytest.raises(RunError, match="is 1x1 at 32x32 px, so no place can be told; --img-size PX"):
         activation_map(image, classifier, 281)
     assert not any(module._forward_hooks for module in classifier.model.modules())
-    [heat] = activation_maps(classifier, classifier.preprocess([image]), [281], least=4)
+    [heat] = activation_maps(classifier.model, classifier.preprocess([image]), [281], "", least=4)
     assert heat.shape == (32, 32)
 
 
 def test_frozen_stages_have_activation_maps_too(make_classifier, image):
     classifier = make_classifier(img_size=64)
     batch = classifier.preprocess([image])
-    [expected] = activation_maps(classifier, batch, [281])
+    [expected] = activation_maps(classifier.model, batch, [281], "")
     classifier.model.requires_grad_(False)
-    assert np.array_equal(activation_maps(classifier, batch, [281])[0], expected)
+    assert np.array_equal(activation_maps(classifier.model, batch, [281], "")[0], expected)
 
 
 def test_filters_are_the_kernels_of_the_first_convolution(make_classifier):

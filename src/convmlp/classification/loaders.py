@@ -137,6 +137,11 @@ class IndexedLoader:
         """The images that could not be read so far."""
         return list(self._loader.unreadable.values())
 
+    def share_notes(self, other: "Loader") -> None:
+        """Say nothing again of what another loader of the same images has found to be unreadable."""
+        if isinstance(other, IndexedLoader):
+            self._loader.unreadable = other._loader.unreadable
+
     @property
     def seen(self) -> list[int]:
         """The images of the last pass of an evaluation, in its order."""

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..common.activation import activation_maps, blend
 from ..common.errors import RunError
 from ..common.figures import new_figure
 from ..common.files import write_atomically
@@ -135,15 +136,13 @@ def _heats(trainer: Trainer, shown: Sequence[Prediction]) -> tuple[list[str], st
         return nothing, ""
     if missing("grad-cam"):
         return nothing, f"After {pip_line('grad-cam')} the report of a run also shows where the model looks."
-    from ..use.visualize import activation_maps, blend
-
     maps: list[np.ndarray] = []
     try:
         for start in range(0, len(shown), AT_ONCE):
             part = shown[start : start + AT_ONCE]
             images = torch.stack([each.image for each in part]).to(trainer.process.device)
             classes = [each.predicted for each in part]
-            maps += [*activation_maps(trainer.as_classifier(), images, classes, least=SMALLEST_MAP)]
+            maps += [*activation_maps(trainer.network, images, classes, trainer.options.model, SMALLEST_MAP)]
     except RunError as error:
         return nothing, f"Where the model looks cannot be told: {error}."
     heats = [np.round(255 * blend(_pixels(each, trainer), heat)) for each, heat in zip(shown, maps, strict=True)]

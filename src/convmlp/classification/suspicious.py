@@ -8,7 +8,7 @@ from torch import nn
 from .check import MOST_IMAGES, image_names
 from .data import ImageData
 from .evaluation import evaluate
-from .loaders import make_loader
+from .loaders import IndexedLoader
 from .predictions import Predictions
 from .sources import Source
 
@@ -64,7 +64,9 @@ def check_labels(trainer: "Trainer", data: ImageData, model: nn.Module, predicti
     looked_at = [("val", data.val, predictions)]
     if isinstance(data.train, Source) and len(data.train) <= MOST_IMAGES:
         n_classes = len(trainer.class_names)
-        loader = make_loader(data.train, trainer.options, trainer.data_config, trainer.process, n_classes, train=False)
+        parts = (trainer.options, trainer.data_config, trainer.process, n_classes)
+        loader = IndexedLoader(data.train, *parts, train=False)
+        loader.share_notes(trainer.train_loader)
         found = Predictions(n_classes)
         evaluate(model, loader, trainer.options, trainer.process, found, desc="checking the labels")
         looked_at.append(("train", data.train, found))

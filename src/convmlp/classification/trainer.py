@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from ..backbones import hold
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
-from ..use.classifier import Classifier
 from ..weights import extract_state_dict, read_checkpoint
 from . import charts
 from .batches import seed_all
@@ -332,19 +331,15 @@ class Trainer:
 
     def load_best(self) -> nn.Module:
         """The model in evaluation mode, or its average, with the weights of the best epoch; all processes take part."""
-        model, weights = self.eval_model, self.model
-        if self.average is not None:
-            model, weights = self.average, unwrap_model(self.average)
         if self.process.primary:
-            weights.load_state_dict(extract_state_dict(read_checkpoint(self.best_checkpoint)))
-        self.process.broadcast(weights)
-        return model.eval()
+            self.network.load_state_dict(extract_state_dict(read_checkpoint(self.best_checkpoint)))
+        self.process.broadcast(self.network)
+        return (self.eval_model if self.average is None else self.average).eval()
 
-    def as_classifier(self) -> Classifier:
+    @property
+    def network(self) -> nn.Module:
         """The model as it is evaluated, neither compiled nor distributed, to look inside."""
-        model = self.model if self.average is None else unwrap_model(self.average)
-        name, config = self.options.model, dict[str, Any](self.data_config)
-        return Classifier(name, model, self.class_names, config, self.process.device, name)
+        return self.model if self.average is None else unwrap_model(self.average)
 
     @property
     def best_checkpoint(self) -> Path:

@@ -9,7 +9,6 @@ figure.savefig("features.png")
 
 import math
 import textwrap
-import warnings
 from collections.abc import Sequence
 
 import matplotlib
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torchvision.utils import make_grid
 
+from ..common.activation import activation_maps, blend
 from ..common.errors import RunError, suggest
 from ..common.figures import new_figure, plain
 from ..common.images import to_image
@@ -113,57 +113,9 @@ def find_class(classifier: Classifier, wanted: str) -> int:
     raise RunError(f"{classifier.title} has no class {wanted}{suggest(wanted, names)}")
 
 
-def blend(pixels: np.ndarray, heat_map: np.ndarray) -> np.ndarray:
-    """An image, uint8 (h, w, channels), in grey under the colours of a map, (h, w) in 0 to 1: (h, w, 3) in 0 to 1."""
-    heat = matplotlib.colormaps["jet"](heat_map)[..., :3]
-    return 0.5 * heat + 0.5 * pixels.mean(-1, keepdims=True) / 255
-
-
 def activation_map(image: Image.Image, classifier: Classifier, class_index: int) -> np.ndarray:
     """Grad-CAM of a class on the last feature map, 0 to 1, as large as the model's input, (h, w)."""
-    return activation_maps(classifier, classifier.preprocess([image]), [class_index])[0]
-
-
-def activation_maps(
-    classifier: Classifier, batch: torch.Tensor, class_indices: Sequence[int], least: int = 1
-) -> np.ndarray:
-    """Grad-CAM of a class for each image of a normalised batch, 0 to 1, as large as the images, (b, h, w).
-
-    It is that of the last feature map of at least so many pixels a side.
-    """
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    info = getattr(classifier.model, "feature_info", None)
-    if not info:
-        raise RunError(f"{classifier.name} does not tell its feature maps to timm")
-    has_class_token = getattr(classifier.model, "num_prefix_tokens", 0) > 0
-    levels = list(info)[: -1 if has_class_token else None]  # behind the last block the other tokens no longer matter
-    large = [level for level in levels if min(batch.shape[2:]) // level["reduction"] >= least]
-    level = (large or levels)[-1]
-
-    def to_nchw(x: torch.Tensor) -> torch.Tensor:
-        if x.ndim == 3:  # tokens, (b, n, c), perhaps with others before those of the image
-            side = math.isqrt(x.shape[1])
-            x = x[:, x.shape[1] - side * side :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-        maps = x if x.shape[1] == level["num_chs"] else x.permute(0, 3, 1, 2)
-        if maps.shape[2:] == (1, 1):
-            size = "x".join(map(str, batch.shape[2:]))
-            raise RunError(
-                f"the last map of {classifier.title} is 1x1 at {size} px, so no place can be told; "
-                "--img-size PX takes a larger image"
-            )
-        return maps
-
-    batch = batch.detach().clone().requires_grad_()  # for models with frozen stages
-    with warnings.catch_warnings(), torch.enable_grad():
-        warnings.filterwarnings("ignore", message=".*full backward hook.*")
-        try:
-            layer = classifier.model.get_submodule(level["module"])
-            with GradCAM(classifier.model, [layer], reshape_transform=to_nchw) as cam:
-                return cam(batch, [ClassifierOutputTarget(index) for index in class_indices])
-        except (AttributeError, TypeError) as error:  # several maps, or none that the head looks at
-            raise RunError(f"{classifier.title} has no single last map that Grad-CAM could look at: {error}") from error
+    return activation_maps(classifier.model, classifier.preprocess([image]), [class_index], classifier.title)[0]
 
 
 def filter_figure(classifiers: Sequence[Classifier]) -> Figure:
