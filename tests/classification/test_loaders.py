@@ -97,6 +97,19 @@ def test_webdataset_shards_are_streamed(pictures, tmp_path):
         loader_for(tmp_path, *arguments).start(0, 2)
 
 
+@pytest.mark.parametrize(("workers", "times"), [("0", 0), ("1", 1)])
+def test_freed_memory_is_given_back_before_workers_are_forked(pictures, monkeypatch, workers, times):
+    """They would keep it as long as they live, while this process needs it again."""
+    forked = []
+    monkeypatch.setattr(
+        "convmlp.classification.loaders.return_freed_memory", lambda: forked.append(loader._loader._iterator)
+    )
+    loader = loader_for(pictures, "--workers", workers, train=False)
+    for _ in range(2):
+        assert sum(len(targets) for _, targets in loader) > 0
+    assert forked == [None] * times
+
+
 def test_sixteen_bit_images_are_scaled_to_eight(make_pictures):
     root = make_pictures()
     image_file = sorted((root / "val" / "digit0").iterdir())[0]

@@ -10,7 +10,7 @@ from timm.data import FastCollateMixup, IterableImageDataset, create_loader, cre
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import BatchSampler, DataLoader
 
-from ..common.devices import count_cores
+from ..common.devices import count_cores, return_freed_memory
 from ..common.errors import RunError, plural
 from ..common.signals import leave_signals_to_the_parent
 from .batches import EvalDataset, KeyedErasing, TrainBatches, TrainDataset, eval_batches
@@ -90,6 +90,7 @@ class IndexedLoader:
             self.batches = eval_batches(len(source), options.eval_batch_size, *share)
             dataset = EvalDataset(source, transform, options.mode)
         workers = count_workers(options)
+        self._has_workers = workers == 0  # none are to come; otherwise they come with the first pass, and stay
         self._loader = _Loader(
             dataset,
             options.on_bad_image,
@@ -118,6 +119,9 @@ class IndexedLoader:
         return len(self._loader)
 
     def __iter__(self) -> Batches:
+        if not self._has_workers:
+            return_freed_memory()  # a worker would keep all that this process had when it was forked
+            self._has_workers = True
         return iter(self._on_device)
 
     def start(self, epoch: int, first: int = 0) -> None:

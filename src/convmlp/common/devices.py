@@ -1,7 +1,9 @@
 """Devices: how one is chosen, and which dtype mixed precision uses on it."""
 
+import ctypes
 import os
 import re
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -47,3 +49,11 @@ def resolve_amp_dtype(choice: str, device: torch.device) -> torch.dtype | None:
 def autocast(device: torch.device, dtype: torch.dtype | None) -> Any:
     """Mixed precision, or nothing."""
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def return_freed_memory() -> None:
+    """Give the memory that was freed back to the system; glibc keeps it, as `common.launch` tells it to."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim:
+            trim(0)
