@@ -46,7 +46,7 @@ $(SCENES)/.complete: | $(INSTALLED)
 	@touch $@
 
 $(BACKBONE): $(SCENES)/.complete
-	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart_crops.yml --overwrite $(SCENES)/crops
+	PYTHON=$(VENV)/bin/python ./dist_classification.sh 1 -c configs/classification/quickstart_crops.yml --overwrite $(BACKBONE_ARGS) $(SCENES)/crops
 
 quickstart-detection: $(INSTALLED) $(BACKBONE)
 	for model in retinanet maskrcnn; do \
