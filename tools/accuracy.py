@@ -44,7 +44,7 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv4_conv_small": ("mobilenetv4_conv_small", {}),
     "convnext_femto": ("convnext_femto", {}),
     "poolformer_s12": ("poolformer_s12", {}),
-    "resmlp_12 at 64 px": ("resmlp_12_224", {"img_size": 64}),  # its patches of 16 px would be 4 at 32 px
+    "resmlp_12 at 48 px": ("resmlp_12_224", {"img_size": 48}),  # its patches of 16 px would be 4 at 32 px
 }
 STEPS: dict[str, tuple[str, dict[str, Any]]] = {
     "Pure-MLP-S": ("pure_mlp_s", {}),
