@@ -3,6 +3,7 @@
 from .backends import DTYPES, PACKAGES
 from .files import About, describe
 from .folding import fold_batchnorm
-from .prepared import Prepared, fingerprint, load, prepare
+from .prepared import Prepared, fingerprint, load
+from .preparing import prepare
 
 __all__ = ["DTYPES", "PACKAGES", "About", "Prepared", "describe", "fingerprint", "fold_batchnorm", "load", "prepare"]
