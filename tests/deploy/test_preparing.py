@@ -3,13 +3,15 @@
 import importlib.util
 import logging
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
 
 import convmlp
-from convmlp.deploy import Prepared, fold_batchnorm, prepare
+from convmlp.deploy import Prepared, fingerprint, fold_batchnorm, prepare
 
 eager_and_inductor = pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
@@ -45,9 +47,10 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
-def assert_runs_without_eager(prepared: Prepared, x: torch.Tensor) -> None:
-    network, prepared.network = prepared.network, nn.Identity()
-    assert prepared(x).shape != x.shape
+@contextmanager
+def without_eager(prepared: Prepared) -> Iterator[None]:
+    network, prepared.network = prepared.network, None
+    yield
     prepared.network = network
 
 
@@ -82,18 +85,6 @@ def test_bfloat16_differs_by_its_rounding_and_names_the_same_classes(backend):
     assert (logits.argmax(1) == expected.argmax(1)).float().mean() > 0.8
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@torch.no_grad()
-def test_other_runtimes_give_the_same(backend):
-    pytest.importorskip(backend)
-    model, x = small(), images(2, 3, 48, 64)
-    prepared = prepare(model, example_input=x, backend=backend)
-    assert prepared.backend == backend
-    assert distance(prepared(x), model(x)) < 1e-5
-    assert distance(prepared(images(1, 3, 40, 40)), model(images(1, 3, 40, 40))) < 1e-5
-    assert_runs_without_eager(prepared, x)
-
-
 @torch.no_grad()
 def test_openvino_computes_in_bfloat16_where_the_processor_has_it():
     openvino = pytest.importorskip("openvino")
@@ -104,19 +95,22 @@ def test_openvino_computes_in_bfloat16_where_the_processor_has_it():
     assert 1e-4 < distance(prepared(x), model(x)) < 3e-2
 
 
-@pytest.fixture(scope="module", params=["onnxruntime", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["onnxruntime", "openvino", pytest.param("auto", marks=pytest.mark.slow)])
 def compiled(request) -> Prepared:
     """For two images of 64x64."""
+    if request.param != "auto":
+        pytest.importorskip(request.param)
     prepared = prepare(small(), example_input=images(2, 3, 64, 64), backend=request.param)
     assert prepared.backend == {"auto": "inductor"}.get(request.param, request.param)
     return prepared
 
 
+@pytest.mark.parametrize("batch", [1, 2, 5])
 @torch.no_grad()
-def test_images_of_the_shape_of_the_example_run_compiled(compiled):
-    x = images(2, 3, 64, 64)
-    assert_runs_without_eager(compiled, x)
-    assert distance(compiled(x), small()(x)) < 1e-5
+def test_any_number_of_images_of_the_shape_of_the_example_runs_compiled(compiled, batch):
+    x = images(batch, 3, 64, 64)
+    with without_eager(compiled):
+        assert distance(compiled(x), small()(x)) < 1e-5
 
 
 def test_the_copy_is_folded_channels_last_and_of_the_wanted_type():
@@ -132,10 +126,10 @@ def test_images_of_another_shape_run_uncompiled_and_it_is_said_once(compiled, ca
     model, prepared = small(), compiled
     prepared(images(2, 3, 64, 64))
     assert not caplog.records
-    for shape in [(1, 3, 64, 64), (3, 3, 33, 50), (1, 3, 64, 64)]:
+    for shape in [(1, 3, 40, 40), (3, 3, 33, 50), (1, 3, 40, 40)]:
         assert distance(prepared(images(*shape)), model(images(*shape))) < 1e-5
     [record] = caplog.records
-    assert "(1, 3, 64, 64) are not those this was compiled for, (2, 3, 64, 64)" in record.getMessage()
+    assert "(1, 3, 40, 40) are not those this was compiled for, (2, 3, 64, 64)" in record.getMessage()
 
 
 @torch.no_grad()
@@ -207,6 +201,26 @@ def test_without_a_compiler_it_runs_uncompiled_and_says_so(monkeypatch, caplog):
     assert distance(prepared(x), model(x)) < 1e-5
 
 
+class Pair(nn.Module):
+    """Two outputs of the images of a batch, which must be two."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        left, right = x
+        return left + right, {"product": left * right}
+
+
+@torch.no_grad()
+def test_a_model_of_a_fixed_batch_is_compiled_for_it_and_nested_outputs_stay_nested():
+    x = images(2, 3, 8, 8)
+    prepared = prepare(Pair(), example_input=x, backend="onnxruntime")
+    assert not prepared.any_batch
+    with without_eager(prepared):
+        total, nested = prepared(x)
+        assert torch.equal(total, x[0] + x[1]) and torch.equal(nested["product"], x[0] * x[1])
+        with pytest.raises(ValueError, match=r"for 2 images of shape \(3, 8, 8\), got \(3, 3, 8, 8\)"):
+            prepared(images(3, 3, 8, 8))
+
+
 class Branching(nn.Module):
     """What a compiler cannot follow."""
 
@@ -246,7 +260,7 @@ def test_a_back_end_that_is_not_installed_is_a_runtime_error_with_the_pip_line(b
     ("arguments", "message"),
     [
         (dict(backend="tensorrt"), "got 'tensorrt'"),
-        (dict(dtype=torch.int8), "the back end auto cannot compute in torch.int8"),
+        (dict(dtype=torch.int32), "the back end auto cannot compute in torch.int32"),
         (dict(dtype=torch.bfloat16, backend="onnxruntime", example_input=images(1, 3, 32, 32)), "torch.bfloat16"),
         (dict(backend="inductor"), "got no example_input"),
         (dict(example_input=images(3, 32, 32)), r"got an example_input of shape \(3, 32, 32\)"),
@@ -255,6 +269,13 @@ def test_a_back_end_that_is_not_installed_is_a_runtime_error_with_the_pip_line(b
 def test_requests_that_cannot_be_met_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         prepare(small(), **arguments)
+
+
+def test_a_fingerprint_is_that_of_weights_and_layers():
+    assert fingerprint(small()) == fingerprint(small().train()) != fingerprint(small(dims=[16, 32, 64]))
+    changed = small()
+    changed.head.bias.data[0] += 1
+    assert fingerprint(changed) != fingerprint(small())
 
 
 def test_folding_leaves_no_batchnorm_after_a_convolution():
