@@ -4,5 +4,18 @@ from .backends import DTYPES, PACKAGES
 from .files import About, describe
 from .folding import fold_batchnorm
 from .prepared import Prepared, fingerprint, load, prepare
+from .tiered import FullBatches, Tiered
 
-__all__ = ["DTYPES", "PACKAGES", "About", "Prepared", "describe", "fingerprint", "fold_batchnorm", "load", "prepare"]
+__all__ = [
+    "DTYPES",
+    "PACKAGES",
+    "About",
+    "FullBatches",
+    "Prepared",
+    "Tiered",
+    "describe",
+    "fingerprint",
+    "fold_batchnorm",
+    "load",
+    "prepare",
+]
