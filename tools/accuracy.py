@@ -5,9 +5,9 @@
     python tools/accuracy.py [CLOTHES] --ablation
 
 Every model is trained by the same command, `convmlp train --recipe scratch` at 32 px, on the first training images; a
-tenth of them chooses the epoch whose checkpoint is then tested on all 10 000 test images. CLOTHES is the folder of the four files, by default that of
-Debian's package dataset-fashion-mnist. OUTPUT holds the runs, a table and a picture. A call that was interrupted keeps
-the runs that were complete.
+tenth of them chooses the epoch whose checkpoint is then tested on all 10 000 test images. CLOTHES is the folder of the
+four files, by default that of Debian's package dataset-fashion-mnist. OUTPUT holds the runs, a table and a picture. A
+call that was interrupted keeps the runs that were complete.
 """
 
 import argparse
