@@ -447,11 +447,10 @@ def test_files_are_predicted_drawn_and_those_that_are_not_images_named(base, run
     (tmp_path / "drawn").mkdir()
     threshold = 0.0 if base == MASKRCNN else None
     capfd.readouterr()
-    rows, errors = predict_files(
-        paths, *runs[base], device="cpu", score_threshold=threshold, drawn=lambda path: Path("drawn", path.name)
-    )
+    drawn = {"drawn": lambda path: Path("drawn", path.name)}
+    rows = list(predict_files(paths, *runs[base], device="cpu", score_threshold=threshold, **drawn))
     assert capfd.readouterr() == ("", "")
-    assert [str(error) for error in errors] == [f"{paths[1]}: an empty file"]
+    assert rows.pop(1) == {"image": str(paths[1]), "error": f"{paths[1]}: an empty file"}
     expected = [to_json(predict(models[base], [image_of(90, 60, seed=i)])[0], FRUIT, 0.0) for i in range(2)]
     assert rows == [{"image": str(paths[2 * i]), **expected[i]} for i in range(2)]
     key = "detections" if base == MASKRCNN else "classes"
@@ -463,10 +462,10 @@ def test_files_are_predicted_drawn_and_those_that_are_not_images_named(base, run
 
 def test_a_threshold_is_for_detection(runs):
     with pytest.raises(RunError, match="--score-threshold is for detection, and this is a segmentor"):
-        predict_files(["scene.jpg"], *runs[FPN], device="cpu", score_threshold=0.5)
+        next(predict_files(["scene.jpg"], *runs[FPN], device="cpu", score_threshold=0.5))
 
 
 def test_below_the_threshold_nothing_is_listed(runs, tmp_path):
     image_of(90, 60).save("scene.png")
-    rows, errors = predict_files(["scene.png"], *runs[RETINANET], device="cpu", score_threshold=1.0)
-    assert (rows, errors) == ([{"image": "scene.png", "detections": []}], [])
+    rows = list(predict_files(["scene.png"], *runs[RETINANET], device="cpu", score_threshold=1.0))
+    assert rows == [{"image": "scene.png", "detections": []}]

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 
-from convmlp.use.classifier import open_any
+from convmlp.common import images
+from convmlp.use import predict
+from convmlp.use.classifier import open_any, open_classifier
 
 ROOT = Path(__file__).resolve().parents[2]
 CLASSES = ["one", "three", "two"]
@@ -48,6 +51,10 @@ CLASSES = ["one", "three", "two"]
         ("predict {photo} --save-dir {photo}", "cannot write to the output folder {photo}"),
         ("predict {photo} --json - --csv -", "--json and --csv cannot both be -"),
         ("predict {photo} --json x --csv x", "--json and --csv cannot both be x"),
+        ("predict {photo} --parquet -", "--parquet is not for the screen: name a file"),
+        ("predict {photo} --features --csv x", "--features go into JSON or Parquet"),
+        ("predict {photo} --resume", "--resume goes on with results in a file"),
+        ("predict {photo} --config x.py --checkpoint x.pth --exact", "--exact is for classifiers, not for --config"),
         ("predict {photo} --topk 1 b.jpg", "unexpected argument b.jpg"),
         ("predict {photo} --score-threshold high", "--score-threshold: must be between 0 and 1, got high"),
         ("info convmlp_s convmlp_m --depth 3", "--depth is for the layers of one model"),
@@ -93,6 +100,41 @@ def test_predict_finds_what_evaluation_finds(trained, digits, tmp_path, verb):
     assert all(abs(sum(c["probability"] for c in row["classes"]) - 1) < 1e-5 for row in rows)
     table = [line for line in run.out.splitlines() if "%" in line]
     assert len(table) == 90 and str(digits / "val" / "one") in table[0]
+
+
+def test_an_interrupted_predict_goes_on_and_ends_as_if_it_had_not_been(trained, digits, tmp_path, monkeypatch, verb):
+    call = ["predict", digits / "val", "--checkpoint", trained / "best.pth", "--batch-size", 8, "--jsonl"]
+    assert verb(*call, tmp_path / "whole.jsonl").code == 0
+    seen: list[Path] = []
+
+    def interrupt(path, mode):
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        seen.append(path)
+        return images.read_image(path, mode)
+
+    monkeypatch.setattr(predict, "read_image", interrupt)
+    run = verb(*call, tmp_path / "x.jsonl")
+    partial = tmp_path / "x.jsonl.partial"
+    assert run.code == 130 and f"16 images of 30 in {partial}; --resume goes on from there" in run.err
+    assert not (tmp_path / "x.jsonl").exists()
+    seen.clear()
+    error = verb("predict", *call[1:-1], "--topk", 1, "--jsonl", tmp_path / "x.jsonl", "--resume").err
+    assert "was begun with" in error and '"topk": null' in error
+    run = verb(*call, tmp_path / "x.jsonl", "--resume")
+    assert run.code == 0 and len(seen) == 14 and not partial.exists()
+    assert (tmp_path / "x.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+
+
+def test_features_are_what_the_head_tells_the_classes_from(trained, digits, tmp_path, verb):
+    call = ["predict", digits / "val" / "one", "--checkpoint", trained / "best.pth", "--features", "--parquet"]
+    assert verb(*call, tmp_path / "x.parquet").code == 0
+    rows = parquet.read_table(tmp_path / "x.parquet").to_pylist()
+    classifier = open_classifier(checkpoint=str(trained / "best.pth"), device="cpu")
+    with torch.no_grad():
+        logits = classifier.model.head(torch.tensor([row["features"] for row in rows])) / classifier.temperature
+    for row, probabilities in zip(rows, logits.softmax(1), strict=True):
+        assert all(each["probability"] == pytest.approx(probabilities[each["index"]].item()) for each in row["classes"])
 
 
 def test_predict_writes_tables_and_drawings_and_leaves_out_what_is_not_an_image(trained, digits, tmp_path, verb):

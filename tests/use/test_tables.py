@@ -2,11 +2,14 @@
 
 import csv
 import io
+import json
 from pathlib import Path
 
+import pytest
+from pyarrow import parquet
 from rich.console import Console
 
-from convmlp.use.tables import drawn_names, make_table, write_csv
+from convmlp.use.tables import drawn_names, make_table, write_csv, write_json, write_json_lines, write_parquet
 
 DOG = dict(index=1, name="dog", score=0.5, box=[1.0, 2.0, 30.4, 40.0], mask={"size": [4, 4], "counts": "x"})
 
@@ -53,3 +56,21 @@ def test_drawings_of_images_of_one_name_do_not_overwrite_each_other():
     assert len({name.lower() for name in names}) == len(paths)
     assert all(name.endswith(".png") and "/" not in name for name in names)
     assert drawn_names([Path("x/a.jpg"), Path("y/b.png")]) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "detections"])
+def test_parquet_has_a_row_for_each_image_with_lists_as_they_are(kind, tmp_path):
+    found = {key: DOG[key] for key in ("index", "name")} | {"probability": 0.5} if kind == "classes" else DOG
+    first = {"image": "a.png", "features": [0.5, 2.0]} if kind == "classes" else {"image": "a.png"}
+    rows = [{**first, kind: []}, {"image": "b.png", "error": "b.png: empty"}, {**first, "image": "c", kind: [found]}]
+    write_parquet(tmp_path / "x.parquet", iter(rows))
+    assert parquet.read_table(tmp_path / "x.parquet").to_pylist() == [rows[0], rows[2]]
+
+
+def test_json_and_json_lines_hold_every_row_and_what_could_not_be_read():
+    rows = [{"image": "a.png", "classes": []}, {"image": "b.png", "error": "b.png: empty"}]
+    whole, lines = io.StringIO(), io.StringIO()
+    write_json(whole, iter(rows))
+    write_json_lines(lines, iter(rows))
+    assert json.loads(whole.getvalue()) == {"predictions": rows[:1], "unreadable": ["b.png: empty"]}
+    assert [json.loads(line) for line in lines.getvalue().splitlines()] == rows

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import yaml
 
+from ..common.devices import resolve_amp_dtype
 from ..common.errors import RunError
 from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
+from ..deploy import Tiered
 from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from .batches import seed_all
@@ -152,6 +154,9 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictions = make_predictions(options, loader)
+    if not process.distributed:
+        dtype = (resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None) or torch.float32
+        model = Tiered(model, loader.n_images, process.device, dtype, _logger.info)
     metrics = evaluate(model, loader, options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:

@@ -5,7 +5,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.task import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
@@ -59,19 +58,6 @@ class Evaluator(ClassificationEvaluator):
             "macro_f1": 100 * float(f1.mean()) if len(f1) else math.nan,
             "predicted_classes": int((predicted > 0).sum()),
         }
-
-
-class FullBatches(nn.Module):
-    """A compiled model that is not compiled anew for a last, smaller batch: blank images fill that up."""
-
-    def __init__(self, model: nn.Module, batch_size: int):
-        super().__init__()
-        self.model = model
-        self.batch_size = batch_size
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        n_images = len(images)
-        return self.model(F.pad(images, (0, 0, 0, 0, 0, 0, 0, self.batch_size - n_images)))[:n_images]
 
 
 @torch.inference_mode()

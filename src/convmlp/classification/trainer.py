@@ -20,11 +20,12 @@ from ..backbones import hold
 from ..common.devices import autocast, resolve_amp_dtype
 from ..common.errors import Diverged, RunError, Stopped, plural
 from ..common.signals import StopRequest
+from ..deploy import FullBatches
 from ..weights import extract_state_dict, read_checkpoint
 from . import charts
 from .batches import seed_all
 from .checkpoints import BEST, LAST, capture, write_checkpoint, write_last
-from .evaluation import FullBatches, evaluate
+from .evaluation import evaluate
 from .finite import FiniteCheck, find_nonfinite
 from .history import History
 from .loaders import DataConfig, Loader

@@ -20,6 +20,9 @@ LONGEST = 100
 # Pixels: names drawn into a smaller image would cover it, and a larger one is not enlarged beyond
 SMALLEST_DRAWN, LARGEST_DRAWN = 384, 4096
 
+# About odd EXIF entries, and images that are merely large; catch_warnings is not for threads
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 EXTENSIONS = ".jpg .jpeg .jpe .jfif .png .bmp .ppm .pgm .pbm .tif .tiff .webp .gif .jp2 .avif".split()
 
 
@@ -71,15 +74,13 @@ def open_image(file: str | Path | IO[bytes], upright: bool = False, draft: int =
         UnreadableImage: for the same reasons as `read_image`; the message is only the reason.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF entries, and images that are merely large
-            with Image.open(file) as image:
-                if image.format == "EPS":
-                    raise UnreadableImage("EPS is not read, because it is a program for Ghostscript")
-                if draft:
-                    image.draft("RGB", (draft, draft))
-                image.load()
-                return ImageOps.exif_transpose(image) if upright else image
+        with Image.open(file) as image:
+            if image.format == "EPS":
+                raise UnreadableImage("EPS is not read, because it is a program for Ghostscript")
+            if draft:
+                image.draft("RGB", (draft, draft))
+            image.load()
+            return ImageOps.exif_transpose(image) if upright else image
     except UnreadableImage:
         raise
     except Exception as error:  # Pillow's plugins raise whatever their formats provoke

@@ -5,5 +5,18 @@ from .files import About, describe
 from .folding import fold_batchnorm
 from .prepared import Prepared, fingerprint, load
 from .preparing import prepare
+from .tiered import FullBatches, Tiered
 
-__all__ = ["DTYPES", "PACKAGES", "About", "Prepared", "describe", "fingerprint", "fold_batchnorm", "load", "prepare"]
+__all__ = [
+    "DTYPES",
+    "PACKAGES",
+    "About",
+    "FullBatches",
+    "Prepared",
+    "Tiered",
+    "describe",
+    "fingerprint",
+    "fold_batchnorm",
+    "load",
+    "prepare",
+]

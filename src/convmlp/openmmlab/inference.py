@@ -30,7 +30,6 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.structures import InstanceData
 from PIL import Image
 from pycocotools import mask as run_lengths
-from tqdm import tqdm
 
 from ..common.devices import choose_device
 from ..common.errors import CheckpointError, RunError, one_line
@@ -282,18 +281,16 @@ def predict_files(
     score_threshold: float | None = None,
     trust_checkpoint: bool = False,
     drawn: Callable[[Path], Path] | None = None,
-    progress: bool = False,
-) -> tuple[list[dict[str, Any]], list[RunError]]:
+) -> Iterator[dict[str, Any]]:
     """Open a model, see `open_model`, and predict image by image.
 
     Args:
         score_threshold: Leave out detections below; None for `SCORE_THRESHOLD`. Not for a segmentor.
         drawn: From the path of an image to that of its drawn copy.
-        progress: Show a bar.
 
-    Returns:
-        A row {"image": path, "detections" or "classes": [...]} for each image, see `to_json`, and an error for each
-        that cannot be read or predicted.
+    Yields:
+        A row {"image": path, "detections" or "classes": [...]} for each image, see `to_json`; {"image": path, "error":
+        message} for one that cannot be read or predicted.
 
     Raises:
         RunError: the model cannot be opened, a drawn copy cannot be written, or a threshold is given to a segmentor.
@@ -303,16 +300,13 @@ def predict_files(
     if model.library == "mmseg" and score_threshold is not None:
         raise RunError("--score-threshold is for detection, and this is a segmentor")
     threshold = SCORE_THRESHOLD if score_threshold is None else score_threshold
-    rows: list[dict[str, Any]] = []
-    unreadable: list[RunError] = []
-    for path in tqdm(paths, unit="image", leave=False, disable=None if progress and len(paths) > 1 else True):
+    for path in paths:
         try:
             image = read_image(path)
             [result] = predict(model, [image])
         except RunError as error:
-            unreadable.append(error)
+            yield {"image": str(path), "error": str(error)}
             continue
-        rows.append({"image": str(path), **to_json(result, model.class_names, threshold)})
         if drawn:
             write_atomically(drawn(Path(path)), draw(model, image, result, threshold).save)
-    return rows, unreadable
+        yield {"image": str(path), **to_json(result, model.class_names, threshold)}

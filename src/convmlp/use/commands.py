@@ -1,131 +1,14 @@
-"""The verbs of `convmlp` that use a trained model: predict, visualize, export, info."""
+"""The verbs of `convmlp` that use a trained model: predict (in a module of its own), visualize, export, info."""
 
 import argparse
-import logging
-from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ..common.command import Verb, fraction, positive_int
-from ..common.errors import RunError, plural
-from ..common.files import check_writable, make_folder, write_atomically
-from ..common.output import say, show_table, write_result
-
-
-def _predict_options(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
-    add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
-    add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
-    add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
-    add("--topk", type=positive_int, metavar="N", help="how many classes to name (5)")
-    add("--min-confidence", type=fraction, metavar="P", help="abstain where the best class is less probable")
-    add("--config", metavar="FILE", help="config of the detector or segmentor that --checkpoint is of")
-    add("--score-threshold", type=fraction, metavar="P", help="leave out detections below (0.3)")
-    add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
-    add("--batch-size", type=positive_int, metavar="N", help="images at once (16)")
-    add("--json", metavar="FILE", help="write the result as JSON; - is the screen")
-    add("--csv", metavar="FILE", help="write the result as CSV; - is the screen")
-    add("--save-dir", metavar="DIR", help="draw the result into copies of the images")
-    _add_machine(parser)
-
-
-Drawn = Callable[[Path], Path] | None  # where the drawn copy of an image goes
-Found = tuple[list[dict[str, Any]], Sequence[Exception]]
-
-
-def _predict(options: argparse.Namespace) -> int:
-    from ..common.images import find_images
-    from . import tables
-
-    paths = list(dict.fromkeys(path for place in options.images for path in find_images(place)))
-    for file in (options.json, options.csv):
-        if file and file != "-":
-            check_writable(Path(file))
-    if options.json and options.json == options.csv:
-        raise RunError(f"--json and --csv cannot both be {options.json}")
-    drawn: Drawn = None
-    if options.save_dir is not None:
-        make_folder(Path(options.save_dir))
-        copies = [Path(options.save_dir, name) for name in tables.drawn_names(paths)]
-        if replaced := {copy.resolve() for copy in copies} & {path.resolve() for path in paths}:
-            raise RunError(f"--save-dir {options.save_dir} holds the images: {min(replaced).name} would be replaced")
-        drawn = dict(zip(paths, copies, strict=True)).__getitem__
-    rows, unreadable = (_predict_objects if options.config else _predict_classes)(options, paths, drawn)
-
-    write_result(options.json, lambda file: tables.write_json(file, rows, unreadable))
-    write_result(options.csv, lambda file: tables.write_csv(file, rows))
-    if "-" not in (options.json, options.csv) and rows:
-        show_table(tables.make_table(rows))
-    if options.save_dir:
-        say(f"{plural(len(rows), 'image')} drawn in {options.save_dir}")
-    for error in unreadable:
-        say(f"skipped: {error}")
-    if unreadable:
-        say(f"{len(unreadable)} of {plural(len(paths), 'image')} left out")
-    return 1 if unreadable else 0
-
-
-def _predict_classes(options: argparse.Namespace, paths: list[Path], drawn: Drawn) -> Found:
-    _refuse(options, ("score_threshold", "trust_checkpoint"), "is for detection and segmentation: --config FILE")
-
-    from ..common.images import read_image
-    from . import predict
-    from .classifier import open_classifier
-
-    classifier = open_classifier(
-        options.model, options.checkpoint, device=options.device, img_size=options.img_size, class_map=options.class_map
-    )
-    if options.topk and classifier.thresholds:
-        raise RunError("--topk is for one class an image; this model names every label that reaches its threshold")
-    topk, batch_size = options.topk or predict.TOPK, options.batch_size or predict.BATCH_SIZE
-    settings = {"progress": True, "min_confidence": options.min_confidence}
-    predictions, unreadable = predict.predict(paths, classifier, topk, batch_size, **settings)
-    for prediction in predictions:
-        if drawn and prediction.path:
-            copy = predict.draw_classes(read_image(prediction.path), prediction.best)
-            write_atomically(drawn(prediction.path), copy.save)
-    small = [p for p in predictions if min(p.size) < predict.SMALLEST_SEEN]
-    if small:
-        (width, height), side = small[0].size, classifier.data_config["input_size"][-1]
-        example = f"{small[0].path}, {width}x{height} px"
-        say(f"enlarged to {side} px: {len(small)} of {plural(len(paths), 'image')}, such as {example}")
-    return [prediction.row() for prediction in predictions], unreadable
-
-
-def _predict_objects(options: argparse.Namespace, paths: list[Path], drawn: Drawn) -> Found:
-    _refuse(
-        options,
-        ("model", "class_map", "img_size", "topk", "batch_size", "min_confidence"),
-        "is for classifiers, not for --config",
-    )
-    if not options.checkpoint:
-        raise RunError("--config needs the trained weights: --checkpoint FILE")
-
-    from mmengine.logging import MMLogger
-
-    MMLogger.get_current_instance().setLevel(logging.WARNING)  # what the next import logs would be among the results
-    from ..openmmlab.inference import predict_files
-
-    return predict_files(
-        paths,
-        options.config,
-        options.checkpoint,
-        device=options.device,
-        score_threshold=options.score_threshold,
-        trust_checkpoint=options.trust_checkpoint,
-        drawn=drawn,
-        progress=True,
-    )
-
-
-def _refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
-    """An option that would change nothing is an error."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value is not False:  # 0.0 is a threshold, though it equals False
-            raise RunError(f"--{name.replace('_', '-')} {reason}")
+from ..common.command import Verb, positive_int
+from ..common.errors import RunError
+from ..common.files import check_writable
+from ..common.output import say, show_table
+from .predict_command import VERB, add_machine
 
 
 def _visualize_options(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +19,7 @@ def _visualize_options(parser: argparse.ArgumentParser) -> None:
     add("--classes", nargs="+", metavar="NAME|N", help="what cam looks for; by default what the model finds")
     add("--out", metavar="FILE", help="by default KIND.png")
     _add_pretrained(parser)
-    _add_machine(parser)
+    add_machine(parser)
 
 
 def _visualize(options: argparse.Namespace) -> None:
@@ -235,24 +118,13 @@ def _info(options: argparse.Namespace) -> None:
         print("Scores as published by the paper: top-1 in per cent; COCO box and mask AP; ADE20K mIoU.")
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, else mps, else cpu), or a device")
-
-
 def _add_pretrained(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
     parser.add_argument("--pretrained", action=switch, default=True, help="published weights; or random ones")
 
 
 VERBS = [
-    Verb(
-        "predict",
-        "Classify images; with --config, detect or segment what is on them.",
-        _predict_options,
-        _predict,
-        "unexpected argument {}; images stand together, before the options",
-    ),
+    VERB,
     Verb("visualize", "Draw feature maps, class activation maps or first filters.", _visualize_options, _visualize),
     Verb("export", "Write a model for other programs, and check the file against PyTorch.", _export_options, _export),
     Verb(

@@ -7,14 +7,19 @@ from convmlp.use.predict import predict
 print(prediction.best)  # [Guess(index=281, name='tabby, tabby cat', probability=0.62), ...]
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, ImageDraw
+from torch import nn
 from tqdm import tqdm
 
+from ..common.devices import count_cores
 from ..common.errors import RunError
 from ..common.figures import image_font
 from ..common.images import SMALLEST_DRAWN, UnreadableImage, enlargement, read_image, to_mode
@@ -37,18 +42,41 @@ class Prediction(NamedTuple):
     """An image, its size (width, height) in pixels, and its most probable classes, the best first.
 
     `path` is None for an image that was given as such. `abstained` tells whether the best one is less probable than was
-    asked for, if that was.
+    asked for, if that was, and `features` are what the classes were told from, (n,), if they were asked for.
     """
 
     path: Path | None
     size: tuple[int, int]
     best: list[Guess]
     abstained: bool | None = None
+    features: torch.Tensor | None = None
 
     def row(self) -> dict[str, Any]:
         """In plain values, see `tables`."""
-        answer = {} if self.abstained is None else {"abstained": self.abstained}
-        return {"image": str(self.path or ""), **answer, "classes": [guess._asdict() for guess in self.best]}
+        row: dict[str, Any] = {"image": str(self.path or "")}
+        if self.abstained is not None:
+            row["abstained"] = self.abstained
+        if self.features is not None:
+            row["features"] = self.features.tolist()
+        return {**row, "classes": [guess._asdict() for guess in self.best]}
+
+
+class _Opened(NamedTuple):
+    path: Path | None
+    size: tuple[int, int]
+    tensor: torch.Tensor  # as the model takes it, (c, h, w)
+
+
+class FeaturesToo(nn.Module):
+    """A model of timm that gives its pooled features beside the logits: (b, classes), (b, n)."""
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        maps = self.model.forward_features(images)
+        return self.model.forward_head(maps), self.model.forward_head(maps, pre_logits=True)
 
 
 Source = str | Path | Image.Image
@@ -78,38 +106,84 @@ def predict(
     Raises:
         RunError: `min_confidence` for a model of several labels an image, or logits that are not finite.
     """
+    sources = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
+    hidden = None if progress and len(sources) > 1 else True
+    each = predict_each(sources, classifier, topk, batch_size, min_confidence)
+    found = list(tqdm(each, total=len(sources), unit="image", leave=False, disable=hidden))
+    unreadable = [one for one in found if isinstance(one, UnreadableImage)]
+    return [one for one in found if isinstance(one, Prediction)], unreadable
+
+
+def predict_each(
+    images: Iterable[Source],
+    classifier: Classifier,
+    topk: int = TOPK,
+    batch_size: int = BATCH_SIZE,
+    min_confidence: float | None = None,
+    network: nn.Module | None = None,
+) -> Iterator[Prediction | UnreadableImage]:
+    """What `predict` finds, or why an image cannot be read, one by one in the order of the images.
+
+    `network` computes in the place of the classifier's model, such as a faster form of it, or `FeaturesToo`.
+    """
     if min_confidence is not None and classifier.thresholds:
         raise RunError(
             "a least confidence is for one class an image; this model has a threshold for each of its labels"
         )
-    sources = [images] if isinstance(images, (str, Path, Image.Image)) else list(images)
-    predictions: list[Prediction] = []
-    unreadable: list[UnreadableImage] = []
-    hidden = None if progress and len(sources) > 1 else True
-    with tqdm(total=len(sources), unit="image", leave=False, disable=hidden) as bar:
-        for start in range(0, len(sources), batch_size):
-            batch = sources[start : start + batch_size]
-            opened: list[tuple[Path | None, Image.Image]] = []
-            for source in batch:
-                try:
-                    if isinstance(source, Image.Image):
-                        opened.append((None, to_mode(source, classifier.image_mode)))
-                    else:
-                        opened.append((Path(source), read_image(source, classifier.image_mode)))
-                except UnreadableImage as error:
-                    unreadable.append(error)
-            if opened:
-                found = _best([image for _, image in opened], classifier, topk)
-                for (path, image), best in zip(opened, found, strict=True):
-                    abstained = None if min_confidence is None else best[0].probability < min_confidence
-                    predictions.append(Prediction(path, image.size, best, abstained))
-            bar.update(len(batch))
-    return predictions, unreadable
+    for batch in _read_batches(images, classifier, batch_size):
+        opened = [one for one in batch if isinstance(one, _Opened)]
+        predictions: Iterator[Prediction] = iter(())
+        if opened:
+            tensors = torch.stack([one.tensor for one in opened]).to(classifier.device)
+            probabilities, features = _compute(tensors, classifier, network)
+            best = _best(probabilities, classifier, topk)
+            predictions = (
+                Prediction(
+                    one.path,
+                    one.size,
+                    guesses,
+                    None if min_confidence is None else guesses[0].probability < min_confidence,
+                    None if features is None else features[i],
+                )
+                for i, (one, guesses) in enumerate(zip(opened, best, strict=True))
+            )
+        for one in batch:
+            yield next(predictions) if isinstance(one, _Opened) else one
 
 
-def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> list[list[Guess]]:
+def _read_batches(
+    images: Iterable[Source], classifier: Classifier, batch_size: int
+) -> Iterator[list[_Opened | UnreadableImage]]:
+    """Batches of images, read by a thread for each core: Pillow and PyTorch work outside of Python's lock.
+
+    While a GPU computes, the next batches are read. A CPU has its cores for one after the other, because a model whose
+    threads wait for a core is slower than one that comes later.
+    """
+    remaining = iter(images)
+    n_waiting = 1 if classifier.device.type == "cpu" else 3
+    waiting: deque[list[Future[_Opened | UnreadableImage]]] = deque()
+    with ThreadPoolExecutor(count_cores()) as pool:
+        while True:
+            while len(waiting) < n_waiting and (batch := list(islice(remaining, batch_size))):
+                waiting.append([pool.submit(_open, source, classifier) for source in batch])
+            if not waiting:
+                return
+            yield [future.result() for future in waiting.popleft()]
+
+
+def _open(source: Source, classifier: Classifier) -> _Opened | UnreadableImage:
+    try:
+        if isinstance(source, Image.Image):
+            path, image = None, to_mode(source, classifier.image_mode)
+        else:
+            path, image = Path(source), read_image(source, classifier.image_mode)
+    except UnreadableImage as error:
+        return error
+    return _Opened(path, image.size, classifier.transform(image))
+
+
+def _best(probabilities: torch.Tensor, classifier: Classifier, topk: int) -> list[list[Guess]]:
     """The most probable classes of each image; of several labels an image, those that reach their threshold."""
-    probabilities = classify(images, classifier)
     if classifier.thresholds:
         reached = probabilities >= torch.tensor(classifier.thresholds)
         ranked = probabilities.argsort(1, descending=True).tolist()
@@ -124,14 +198,23 @@ def _best(images: Sequence[Image.Image], classifier: Classifier, topk: int) -> l
     ]
 
 
-@torch.inference_mode()
 def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Tensor:
     """Probabilities of Pillow images, (b, classes), float32 on the CPU."""
-    logits = classifier.model(classifier.preprocess(images)).float().cpu() / classifier.temperature
+    return _compute(classifier.preprocess(images), classifier)[0]
+
+
+@torch.inference_mode()
+def _compute(
+    batch: torch.Tensor, classifier: Classifier, network: nn.Module | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Probabilities of a batch on the device, and its features if `network` gives them; float32 on the CPU."""
+    outputs = (network or classifier.model)(batch)
+    logits, features = outputs if isinstance(outputs, (tuple, list)) else (outputs, None)
+    logits = logits.float().cpu() / classifier.temperature
     probabilities = logits.sigmoid() if classifier.thresholds else logits.softmax(1)
     if not probabilities.isfinite().all():
         raise RunError(f"{classifier.title} gives values that are not finite: its weights are damaged")
-    return probabilities
+    return probabilities, None if features is None else features.float().cpu()
 
 
 def draw_classes(image: Image.Image, best: Sequence[Guess]) -> Image.Image:
