@@ -19,14 +19,32 @@ from torchvision import ops
 LARGEST_SHAPE_CHANGE = abs(math.log(16 / 1000))  # of mmdet's DeltaXYWHBBoxCoder, in the logarithm
 
 
-def resample(x: torch.Tensor, positions: torch.Tensor, dim: int) -> torch.Tensor:
-    """Values of `x` along `dim` at positions between its entries, by linear interpolation; those at the ends go on."""
-    last = x.shape[dim] - 1
-    positions = positions.clamp(min=0)
-    low = positions.long().clamp(max=last)
-    high = (low + 1).clamp(max=last)
-    weights = (positions - low).view([-1 if i == dim else 1 for i in range(x.dim())])
-    return torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weights)
+def neighbours(positions: torch.Tensor, size: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The entries before and after positions (n,) on an axis of a size, and how far it is from the first, 0 to 1."""
+    before = positions.floor()
+    share = positions - before
+    low = before.long()
+    zero, last = torch.zeros_like(size), size - 1
+    return low.clamp(zero, last), (low + 1).clamp(zero, last), share
+
+
+def resize(image: torch.Tensor, resized: torch.Tensor, sides: Sequence[int]) -> torch.Tensor:
+    """The image as OpenCV resizes it by INTER_LINEAR, bit for bit, in the corner of a larger one, (*sides, 3).
+
+    OpenCV computes with integers, to whose precision the weights are rounded: 1 / 2048.
+    """
+
+    def weighted(x: torch.Tensor, dim: int, shift: int) -> tuple[torch.Tensor, torch.Tensor]:
+        size = torch.tensor(image.shape[dim])
+        positions = ((torch.arange(sides[dim]).double() + 0.5) / (resized[dim].double() / size) - 0.5).float()
+        low, high, share = neighbours(positions, size)
+        shape = [-1 if i == dim else 1 for i in range(3)]
+        first, second = (torch.round(weight * 2048).int().view(shape) for weight in (1 - share, share))
+        return x.index_select(dim, low) // shift * first, x.index_select(dim, high) // shift * second
+
+    left, right = weighted(image.int(), 1, 1)
+    top, bottom = weighted(left + right, 0, 16)
+    return (top // 65536 + bottom // 65536 + 2) // 4
 
 
 class Reader(nn.Module):
@@ -37,12 +55,15 @@ class Reader(nn.Module):
         scale: The longest and the shortest side that an image may get, as of mmcv's Resize; None leaves it as it is.
         keep_ratio: Otherwise `scale` is the width and the height that every image gets.
         divisor: Height and width are padded to a multiple.
-        fixed: Height and width of the network's input; then images are made to fit.
+        fixed: Height and width of the network's input, in the place of `scale` and `divisor`.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(
         self,
-        preprocessor: nn.Module,
+        preprocessor: Any,
         scale: tuple[int, int] | None,
         keep_ratio: bool,
         divisor: int,
@@ -55,44 +76,52 @@ class Reader(nn.Module):
         self.scale, self.keep_ratio, self.divisor, self.fixed = scale, keep_ratio, divisor, fixed
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size = torch.tensor(image.shape[:2])
-        resized = self._resized(size.double())
+        resized = self.resized(torch.tensor(image.shape[:2]))
         padded = (resized + self.divisor - 1) // self.divisor * self.divisor
-        sides = self.fixed or padded.tolist()
-        x = image.float()
-        for dim, side in enumerate(sides):
-            torch._check(side >= 1)
-            positions = (torch.arange(side) + 0.5) * (size[dim] / resized[dim]) - 0.5
-            x = resample(x, positions, dim)
-        x = x.round().permute(2, 0, 1)
+        height, width = self.fixed or padded.tolist()
+        torch._check(height >= 1)
+        torch._check(width >= 1)
+        x = resize(image, resized, (height, width)).permute(2, 0, 1)
         x = ((x.flip(0) if self.bgr else x) - self.mean) / self.std
-        inside = [torch.arange(side) < resized[dim] for dim, side in enumerate(sides)]
-        return (x * inside[0][:, None] * inside[1])[None], resized
+        inside = (torch.arange(height) < resized[0])[:, None] & (torch.arange(width) < resized[1])
+        return (x * inside)[None], resized
 
-    def _resized(self, size: torch.Tensor) -> torch.Tensor:
-        """What mmcv makes of the size, in its own precision."""
+    def resized(self, size: torch.Tensor) -> torch.Tensor:
+        """What mmcv makes of the size of an image, in its own precision."""
         if self.fixed:
             room = torch.tensor(self.fixed)
-            return room if not self.keep_ratio else (size * (room / size).min() + 0.5).long()
-        if self.scale is None:
-            return size.long()
-        if not self.keep_ratio:
-            return torch.tensor(self.scale[::-1])
-        factor = torch.minimum(max(self.scale) / size.max(), min(self.scale) / size.min())
-        return (size * factor + 0.5).long()
+            factor = (room.double() / size).min()
+        elif self.scale is not None:
+            room = torch.tensor(self.scale[::-1])
+            factor = torch.minimum(max(self.scale) / size.max().double(), min(self.scale) / size.min().double())
+        else:
+            return size
+        return (size * factor + 0.5).long() if self.keep_ratio else room
 
 
-class SemanticFPN(nn.Module):
+class Graph(nn.Module):
+    """A network of mmdet or mmseg behind a reader. `outputs` names what it gives."""
+
+    outputs: tuple[str, ...]
+
+    def __init__(self, network: BaseModel, reader: Reader):
+        super().__init__()
+        self.network: Any = network
+        self.reader = reader
+
+
+class SemanticFPN(Graph):
     """mmseg's EncoderDecoder on whole images: an image -> label map (h, w), int64."""
 
     outputs = ("label_map",)
 
     def __init__(self, network: BaseModel, reader: Reader):
-        super().__init__()
-        self.network, self.reader = network, reader
+        super().__init__(network, reader)
         for module in [*network.modules()]:
             for name, child in module.named_children():
-                if type(child).__name__ == "Upsample" and not isinstance(child, nn.Upsample):  # mmseg's takes no symbols
+                if type(child).__name__ == "Upsample" and not isinstance(
+                    child, nn.Upsample
+                ):  # mmseg's takes no symbols
                     copy = nn.Upsample(None, child.scale_factor, child.mode, child.align_corners)
                     setattr(module, name, copy)
 
@@ -101,20 +130,26 @@ class SemanticFPN(nn.Module):
         logits = self.network.decode_head(self.network.extract_feat(x))
         logits = nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")
         for dim, side in enumerate(image.shape[:2]):
-            positions = (torch.arange(side) + 0.5) * (resized[dim] / side) - 0.5
-            logits = resample(logits, positions.clamp(max=resized[dim] - 1), dim + 2)
+            low, high, share = neighbours((torch.arange(side) + 0.5) * (resized[dim] / side) - 0.5, resized[dim])
+            share = share[:, None] if dim == 0 else share
+            logits = torch.lerp(logits.index_select(dim + 2, low), logits.index_select(dim + 2, high), share)
         return (logits[0].argmax(0),)
 
 
-class _Detector(nn.Module):
-    """What RetinaNet and Mask R-CNN share."""
+class Detector(Graph):
+    """What RetinaNet and Mask R-CNN share. The score threshold is a buffer, so that it can be set in a file.
 
-    def __init__(self, network: BaseModel, reader: Reader, score_threshold: float):
-        super().__init__()
-        self.network, self.reader = network, reader
-        self.register_buffer("score_threshold", torch.tensor(score_threshold))
+    Args:
+        network: mmdet's.
+        test_cfg: The part of the network's settings with the limits of the detections that come out.
+    """
 
-    def candidates(self, head: nn.Module, maps: Sequence[torch.Tensor], limit: torch.Tensor) -> list[Any]:
+    def __init__(self, network: BaseModel, reader: Reader, test_cfg: Any):
+        super().__init__(network, reader)
+        self.test_cfg = test_cfg
+        self.register_buffer("score_threshold", torch.tensor(0.0))
+
+    def candidates(self, head: Any, maps: Sequence[torch.Tensor], limit: torch.Tensor) -> list[Any]:
         """By level the boxes (n, 4) of all anchors, and their scores (n, classes)."""
         logits, deltas = head(maps)
         anchors = head.prior_generator.grid_priors([each.shape[2:] for each in logits], device="cpu")
@@ -126,10 +161,13 @@ class _Detector(nn.Module):
         return found
 
 
-class RetinaNet(_Detector):
+class RetinaNet(Detector):
     """mmdet's RetinaNet: an image -> boxes (n, 4), scores (n,), labels (n,), best first, in pixels of the image."""
 
     outputs = ("boxes", "scores", "labels")
+
+    def __init__(self, network: BaseModel, reader: Reader):
+        super().__init__(network, reader, network.bbox_head.test_cfg)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, resized = self.reader(image)
@@ -138,18 +176,21 @@ class RetinaNet(_Detector):
         for boxes, scores in self.candidates(head, self.network.extract_feat(x), resized):
             index, labels = (scores > self.score_threshold).nonzero().unbind(1)
             scores = scores[index, labels]
-            best = scores.argsort(descending=True)[: head.test_cfg.nms_pre]
+            best = scores.argsort(descending=True)[: self.test_cfg.nms_pre]
             levels.append((boxes[index[best]], scores[best], labels[best]))
         boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
         boxes = scale(boxes, resized, image)
-        kept = suppress(boxes, scores, labels, head.test_cfg)
+        kept = suppress(boxes, scores, labels, self.test_cfg)
         return boxes[kept], scores[kept], labels[kept]
 
 
-class MaskRCNN(_Detector):
+class MaskRCNN(Detector):
     """mmdet's Mask R-CNN: an image -> as of RetinaNet, and masks (n, h, w), bool."""
 
     outputs = ("boxes", "scores", "labels", "masks")
+
+    def __init__(self, network: BaseModel, reader: Reader):
+        super().__init__(network, reader, network.roi_head.test_cfg)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, resized = self.reader(image)
@@ -166,7 +207,7 @@ class MaskRCNN(_Detector):
         else:
             deltas = deltas[index]
         boxes = decode(heads.bbox_head.bbox_coder, proposals[index], deltas, resized)
-        kept = suppress(boxes, scores, labels, heads.test_cfg)
+        kept = suppress(boxes, scores, labels, self.test_cfg)
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
 
         pooled, order, boxes = pool(heads.mask_roi_extractor, maps, boxes)
@@ -174,7 +215,7 @@ class MaskRCNN(_Detector):
         logits = heads.mask_head(pooled)
         shares = logits[torch.arange(labels.shape[0]), labels].sigmoid()
         boxes = scale(boxes, resized, image)
-        masks = paste(shares, boxes, image.shape[:2]) >= heads.test_cfg.mask_thr_binary
+        masks = paste(shares, boxes, image.shape[:2]) >= self.test_cfg.mask_thr_binary
         best = scores.argsort(descending=True)
         return boxes[best], scores[best], labels[best], masks[best]
 
@@ -237,6 +278,7 @@ def pool(extractor: Any, maps: Sequence[torch.Tensor], boxes: torch.Tensor) -> t
 
 def paste(masks: torch.Tensor, boxes: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """Masks (n, s, s), which fill boxes (n, 4), on the whole image (n, h, w), by bilinear interpolation."""
+
     def weights(side: int, low: torch.Tensor, high: torch.Tensor) -> torch.Tensor:
         """What each of the s entries counts at each pixel, (n, side, s)."""
         cells = masks.shape[1]
