@@ -100,14 +100,13 @@ def export(
         raise RunError(f"{path} exists already; --overwrite replaces it")
     MMLogger.get_current_instance().setLevel(logging.WARNING)
     model = open_model(config, checkpoint, "cpu", trust_checkpoint)
-    _check_parts(model)
-    if model.library == "mmseg" and score_threshold is not None:
+    graph = make_graph(model, img_size)
+    if score_threshold is not None and not isinstance(graph, Detector):
         raise RunError("--score-threshold is for detection, and this is a segmentor")
-    reader = _make_reader(model, img_size)
     reports = []
     try:
         with quiet(), torch.no_grad():
-            write_atomically(path, lambda file: reports.append(_write_and_check(model, reader, file, score_threshold)))
+            write_atomically(path, lambda file: reports.append(_write_and_check(model, graph, file, score_threshold)))
     except RunError:
         raise
     except Exception as error:  # of compilers, which raise anything
@@ -116,7 +115,12 @@ def export(
     return replace(reports[0], path=path)
 
 
-def _check_parts(model: TrainedModel) -> None:
+def make_graph(model: TrainedModel, img_size: tuple[int, int] | None = None) -> Graph:
+    """The graph of a model, see `export`; it and the model share their weights.
+
+    Raises:
+        RunError: there is none for the model, its test pipeline or this size.
+    """
     kind = type(model.network).__name__
     if kind not in PARTS:
         raise RunError(f"{model.config} is of a {kind}; only {', '.join(PARTS)} can be exported")
@@ -124,6 +128,7 @@ def _check_parts(model: TrainedModel) -> None:
         found = type(attrgetter(place)(model.network)).__name__
         if found != name:
             raise RunError(f"{model.config} has {place}={found}; only a {kind} with {name} can be exported")
+    return GRAPHS[kind](model.network, _make_reader(model, img_size)).eval()
 
 
 def _make_reader(model: TrainedModel, img_size: tuple[int, int] | None) -> Reader:
@@ -144,15 +149,15 @@ def _make_reader(model: TrainedModel, img_size: tuple[int, int] | None) -> Reade
     return Reader(preprocessor, scale, keep_ratio, divisor, img_size)
 
 
-def _write_and_check(model: TrainedModel, reader: Reader, path: Path, score_threshold: float | None) -> Report:
+def _write_and_check(model: TrainedModel, graph: Graph, path: Path, score_threshold: float | None) -> Report:
     import onnx_ir
     import onnxruntime
 
-    graph = GRAPHS[type(model.network).__name__](model.network, reader).eval()
-    sizes = CHECKED_SIZES if reader.fixed is None else [reader.fixed] * 2
+    fixed = graph.reader.fixed
+    sizes = CHECKED_SIZES if fixed is None else [fixed] * 2
     images = [_make_image(*size, seed) for seed, size in enumerate(sizes)]
     program = _to_onnx(graph, images[0])
-    about = _describe(model, reader)
+    about = _describe(model, graph.reader)
 
     def save(threshold: float | None) -> None:
         if threshold is not None:
@@ -166,7 +171,7 @@ def _write_and_check(model: TrainedModel, reader: Reader, path: Path, score_thre
     if isinstance(graph, Detector):
         wanted = graph.test_cfg.get("score_thr", 0.0) if score_threshold is None else score_threshold
         graph.test_cfg.score_thr = 0.0  # there may be no object on the images, but there is always a best detection
-    expected = predict(_to_size(model, reader.fixed), images)
+    expected = predict(_to_size(model, fixed), images)
     lowest = [float(each.scores.min(initial=1.0)) for each in expected if isinstance(each, Detections)]
     save(0.999 * min(lowest) if lowest else None)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

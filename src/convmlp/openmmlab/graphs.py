@@ -117,13 +117,10 @@ class SemanticFPN(Graph):
 
     def __init__(self, network: BaseModel, reader: Reader):
         super().__init__(network, reader)
-        for module in [*network.modules()]:
-            for name, child in module.named_children():
-                if type(child).__name__ == "Upsample" and not isinstance(
-                    child, nn.Upsample
-                ):  # mmseg's takes no symbols
-                    copy = nn.Upsample(None, child.scale_factor, child.mode, child.align_corners)
-                    setattr(module, name, copy)
+        for branch in network.decode_head.scale_heads:
+            for i, layer in enumerate(branch):
+                if type(layer).__name__ == "Upsample":  # mmseg's takes no symbols for sizes
+                    branch[i] = nn.Upsample(None, layer.scale_factor, layer.mode, layer.align_corners)
 
     def forward(self, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x, resized = self.reader(image)
