@@ -75,9 +75,10 @@ def test_a_fixed_size_is_that_of_the_network(config, models):
     """An image of that size is not touched, and others fit into it."""
     graph = make_graph(models[config], (96, 160))
     seen = []
-    graph.network.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
+    hook = graph.network.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].clone()))
     for size in ((160, 96), (320, 100), (30, 30)):
         look(graph, image_of(*size))
+    hook.remove()
     assert [x.shape for x in seen] == [(1, 3, 96, 160)] * 3
     image = torch.from_numpy(np.array(image_of(160, 96))).permute(2, 0, 1)
     preprocessor = graph.network.data_preprocessor

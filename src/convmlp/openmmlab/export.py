@@ -123,11 +123,11 @@ def make_graph(model: TrainedModel, img_size: tuple[int, int] | None = None) -> 
     """
     kind = type(model.network).__name__
     if kind not in PARTS:
-        raise RunError(f"{model.config} is of a {kind}; only {', '.join(PARTS)} can be exported")
+        raise RunError(f"{model.config}: the model {kind} cannot be exported, only {', '.join(PARTS)}")
     for place, name in PARTS[kind].items():
         found = type(attrgetter(place)(model.network)).__name__
         if found != name:
-            raise RunError(f"{model.config} has {place}={found}; only a {kind} with {name} can be exported")
+            raise RunError(f"{model.config}: the {place} {found} cannot be exported, only {name}")
     return GRAPHS[kind](model.network, _make_reader(model, img_size)).eval()
 
 
