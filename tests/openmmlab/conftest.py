@@ -13,8 +13,10 @@ from mmengine.logging import MessageHub, MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.visualization import Visualizer
 from small_runs import QUICK, RETINANET, TINY, run
+from untrained import FRUIT, UNSURE, build, save
 
 from convmlp import ConvMLP
+from convmlp.openmmlab.inference import TrainedModel, open_model
 from convmlp.zoo import VARIANTS
 
 
@@ -118,3 +120,27 @@ def finished(scenes, tmp_path_factory) -> Callable[[str], Path]:
 def copy_run(finished) -> Callable[..., Path]:
     """A copy of a finished run, as run/ in the current folder."""
     return lambda config: Path(shutil.copytree(finished(config), "run"))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(VARIANTS, "tiny", TINY)
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny) -> dict[Path, tuple[str, str]]:
+    """By quickstart a config of its own for three classes, and a checkpoint of it as a run writes it."""
+    found = {}
+    for base, change in UNSURE.items():
+        folder = tmp_path_factory.mktemp(base.stem)
+        config = folder / base.name
+        config.write_text(f"_base_ = {str(base)!r}\n{change}\n")
+        found[base] = str(config), save(build(config), folder / "best.pth", dataset_meta=dict(classes=tuple(FRUIT)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(runs) -> dict[Path, TrainedModel]:
+    return {base: open_model(*run, device="cpu") for base, run in runs.items()}

@@ -6,23 +6,22 @@ import pickle
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from PIL import Image
 from pycocotools import mask as run_lengths
 from small_runs import TINY
+from untrained import BODY, CONFIGS, FPN, FRUIT, MASKRCNN, RETINANET, UNSURE, build, image_of, save
 
 from convmlp.common.errors import CheckpointError, RunError
 from convmlp.openmmlab import inference
-from convmlp.openmmlab.configs import read_config, replace_sync_bn
 from convmlp.openmmlab.inference import (
     Detections,
-    TrainedModel,
     draw,
     open_model,
     predict,
@@ -30,7 +29,6 @@ from convmlp.openmmlab.inference import (
     to_json,
 )
 from convmlp.timm_models import create_timm_model
-from convmlp.zoo import VARIANTS
 
 # isort: split
 # behind convmlp.openmmlab, which lets mmcv.ops be imported
@@ -39,70 +37,7 @@ import mmseg.apis
 from mmdet.datasets import CocoDataset
 from mmseg.datasets import ADE20KDataset
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-RETINANET = CONFIGS / "detection/quickstart_retinanet.py"
-MASKRCNN = CONFIGS / "detection/quickstart_maskrcnn.py"
-FPN = CONFIGS / "segmentation/quickstart_fpn.py"
-FRUIT = ["apple", "pear", "plum"]
-
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
-
-# Heads that were not trained are sure of nothing
-BODY = "backbone=dict(arch='tiny'), neck=dict(in_channels=[8, 8, 16, 32])"
-UNSURE = {
-    RETINANET: f"model = dict({BODY}, bbox_head=dict(num_classes=3), test_cfg=dict(score_thr=0.0, max_per_img=20))",
-    MASKRCNN: f"model = dict({BODY}, roi_head=dict(bbox_head=dict(num_classes=3), mask_head=dict(num_classes=3)), "
-    "test_cfg=dict(rcnn=dict(score_thr=0.0, max_per_img=6)))",
-    FPN: f"model = dict({BODY}, decode_head=dict(num_classes=3, loss_decode=dict(class_weight=[1.0, 2.0, 3.0])))",
-}
-
-
-def build(config: str | Path) -> torch.nn.Module:
-    """A model with weights that react to what they see."""
-    cfg = read_config(str(config))
-    torch.manual_seed(0)
-    replace_sync_bn(cfg.model)
-    del cfg.model.backbone["init_cfg"]
-    with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        network = MODELS.build(cfg.model)
-    for name, value in network.named_parameters():
-        if "cls" in name and name.endswith("bias"):
-            value.data.zero_()
-    return network
-
-
-def save(network: torch.nn.Module, path: Path, **meta: object) -> str:
-    torch.save({"meta": meta, "state_dict": network.state_dict()}, path)
-    return str(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(VARIANTS, "tiny", TINY)
-        yield
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, tiny) -> dict[Path, tuple[str, str]]:
-    """By quickstart a config of its own for three classes, and a checkpoint of it as a run writes it."""
-    found = {}
-    for base, change in UNSURE.items():
-        folder = tmp_path_factory.mktemp(base.stem)
-        config = folder / base.name
-        config.write_text(f"_base_ = {str(base)!r}\n{change}\n")
-        found[base] = str(config), save(build(config), folder / "best.pth", dataset_meta=dict(classes=tuple(FRUIT)))
-    return found
-
-
-@pytest.fixture(scope="module")
-def models(runs) -> dict[Path, TrainedModel]:
-    return {base: open_model(*run, device="cpu") for base, run in runs.items()}
-
-
-def image_of(width: int, height: int, seed: int = 0) -> Image.Image:
-    rough = np.random.RandomState(seed).randint(0, 256, (7, 9, 3)).astype(np.uint8)
-    return Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def equal(a: Detections, b: Detections) -> bool:

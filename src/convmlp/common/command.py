@@ -58,6 +58,14 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def image_size(text: str) -> tuple[int, int]:
+    """An argparse type: height and width, of 224 or 800x1344."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"must be a side or HEIGHTxWIDTH in pixels, got {text}")
+    return int(sides[0]), int(sides[-1])
+
+
 def positive_float(text: str) -> float:
     """An argparse type: a finite number above 0."""
     number = _number(text)

@@ -1,7 +1,11 @@
 """Output of commands: messages, tables, and results on the screen or in a file."""
 
+import io
+import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,3 +40,16 @@ def show_table(table: Any, title: str = "", whole: bool = False) -> None:
     with console.capture() as text:  # rich itself would exit if the pipe is closed
         console.print(*filter(None, [title, table]), sep="\n")
     sys.stdout.write(text.get())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what other libraries print, log and warn of, where what comes of it is checked."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,14 +1,15 @@
 """The verbs of `convmlp` that use a trained model: predict (in a module of its own), visualize, export, info."""
 
 import argparse
+import logging
 from functools import partial
 from pathlib import Path
 
-from ..common.command import Verb, positive_int
+from ..common.command import Verb, fraction, image_size, positive_int
 from ..common.errors import RunError
 from ..common.files import check_writable
 from ..common.output import say, show_table
-from .predict_command import VERB, add_machine
+from .predict_command import VERB, add_machine, refuse
 
 
 def _visualize_options(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +66,27 @@ def _export_options(parser: argparse.ArgumentParser) -> None:
     add("--half", action="store_true", help="float16")
     add("--opset", type=positive_int, metavar="N", help="of ONNX; by default PyTorch's")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
-    add("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
+    add("--img-size", type=image_size, metavar="PX|HxW", help="side of the square the model sees; HxW with --config")
+    add("--config", metavar="FILE", help="config of the detector or segmentor that CHECKPOINT is of")
+    add("--score-threshold", type=fraction, metavar="P", help="leave out detections below (the config's test_cfg)")
+    add("--trust-checkpoint", action="store_true", help="with --config: read by pickle, which may run code")
     _add_pretrained(parser)
 
 
 def _export(options: argparse.Namespace) -> None:
+    (_export_objects if options.config else _export_classes)(options)
+
+
+def _export_classes(options: argparse.Namespace) -> None:
+    refuse(options, ("score_threshold", "trust_checkpoint"), "is for detection and segmentation: --config FILE")
+    height, width = options.img_size or (None, None)
+    if height != width:
+        raise RunError(f"--img-size: a classifier sees a square, got {height}x{width}")
+
     from .classifier import open_any, open_classifier
     from .export import SUFFIXES, export
 
-    settings = dict(pretrained=options.pretrained, device="cpu", img_size=options.img_size, class_map=options.class_map)
+    settings = dict(pretrained=options.pretrained, device="cpu", img_size=height, class_map=options.class_map)
     if options.model:
         classifier = open_classifier(options.model, options.source, **settings)
     else:
@@ -86,6 +99,33 @@ def _export(options: argparse.Namespace) -> None:
     say(f"written: {report.path} ({report.size / 1e6:.1f} MB, {dtype})")
     differences = f"{report.absolute:.1e}, {report.relative:.1e} of the largest"
     say(f"compared with PyTorch on {shapes} (batch x height x width): logits differ by at most {differences}")
+
+
+def _export_objects(options: argparse.Namespace) -> None:
+    names = ("model", "dynamic", "fold", "half", "opset", "class_map")
+    refuse(options, names, "is for classifiers, not for --config")
+    if options.format != "onnx":
+        raise RunError(f"--format {options.format} is for classifiers; with --config there is onnx")
+    if not options.pretrained:
+        raise RunError("--no-pretrained is for classifiers; --config needs trained weights")
+
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().setLevel(logging.WARNING)  # the next import speaks
+    from ..openmmlab.export import export
+
+    report = export(
+        options.config,
+        options.source,
+        options.output or Path(options.config).stem + ".onnx",
+        img_size=options.img_size,
+        score_threshold=options.score_threshold,
+        trust_checkpoint=options.trust_checkpoint,
+        overwrite=options.overwrite,
+    )
+    say(f"written: {report.path} ({report.size / 1e6:.1f} MB; image -> {', '.join(report.outputs)})")
+    what = "pixels" if "label_map" in report.outputs else "detections"
+    say(f"compared with PyTorch on {report.images} images: {report.agreement:.1%} of {report.compared} {what} agree")
 
 
 def _info_options(parser: argparse.ArgumentParser) -> None:
