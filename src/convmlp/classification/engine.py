@@ -14,6 +14,7 @@ from ..common.devices import resolve_amp_dtype
 from ..common.errors import RunError
 from ..common.files import HOLDER, lock_folder, make_folder, remove_leftovers, was_restarted, write_atomically
 from ..deploy import Tiered
+from ..exported import Exported, kind_of, open_exported
 from ..timm_models import check_source, load_weights
 from ..weights import read_checkpoint
 from .batches import seed_all
@@ -23,7 +24,7 @@ from .data import ImageData, open_data
 from .evaluation import evaluate, log_unreadable, make_predictions
 from .finite import NONFINITE
 from .history import choose_metric
-from .loaders import make_loader
+from .loaders import UNCHANGED, make_loader
 from .losses import build_loss, class_weights
 from .models import build_model, resolve_data_config
 from .options import parse_options
@@ -127,18 +128,14 @@ def check_data(options: Options) -> None:
 
 
 def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
-    """Evaluate the checkpoint of --eval on the validation images; print and write what came out.
+    """Evaluate the checkpoint of --eval, or what was exported from one, on the validation images; print and write what
+    came out.
 
     Its own settings are the defaults of the options in `argv`.
     """
     path = str(options.eval)
-    checkpoint = read_checkpoint(path)
-    kept: Any = checkpoint if isinstance(checkpoint, dict) else {}
-    if isinstance(kept.get("args"), dict):
-        settings = {key: value for key, value in kept["args"].items() if key in EVALUATION_SETTINGS}
-        if not any(argument.split("=")[0] == "--model" for argument in argv):
-            check_source(str(settings.get("model")), path)
-        options = parse_options(argv, base=settings)
+    options, model, content = _open_evaluated(options, argv)
+    kept: Any = content if isinstance(content, dict) else {}
     process = start_process(options.device)
     items = process.on_primary(lambda: divide(options, Path(path).parent / SPLIT))
     source = open_source(options, train=False, items=items)
@@ -146,18 +143,22 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
         source = relabel(source, kept["class_names"], path)
         options = replace(options, num_classes=len(kept["class_names"]))
     class_names = check_classes(source, source, options)
-    model = build_model(replace(options, pretrained=False, initial_checkpoint=None), options, class_names, process)
-    load_weights(model, checkpoint, path, options.use_ema, class_names, new_head=False)
+    if model is None:
+        model = build_model(replace(options, pretrained=False, initial_checkpoint=None), options, class_names, process)
+        load_weights(model, content, path, options.use_ema, class_names, new_head=False)
     model = model.to(process.device)
     data_config = resolve_data_config(options, model)
+    if kept.get("preprocess"):  # pixels as they are, and one image at a time, because their sizes differ
+        options = replace(options, batch_size=1, validation_batch_size=None)
+        data_config |= {"crop_mode": UNCHANGED, "mean": [0.0] * options.in_chans, "std": [1 / 255] * options.in_chans}
     loader = make_loader(source, options, data_config, process, len(class_names), train=False)
     if options.channels_last:
         model = model.to(memory_format=torch.channels_last)
     predictions = make_predictions(options, loader)
-    if not process.distributed:
-        dtype = (resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None) or torch.float32
-        model = Tiered(model, loader.n_images, process.device, dtype, _logger.info)
-    metrics = evaluate(model, loader, options, process, predictions)
+    dtype = (resolve_amp_dtype(options.amp_dtype, process.device) if options.amp else None) or torch.float32
+    as_it_is = process.distributed or isinstance(model, Exported)
+    network = model if as_it_is else Tiered(model, loader.n_images, process.device, dtype, _logger.info)
+    metrics = evaluate(network, loader, options, process, predictions)
     log_unreadable(loader, process)
     if process.primary:
         folder = run_folder(options)
@@ -165,6 +166,26 @@ def evaluate_checkpoint(options: Options, argv: list[str]) -> None:
         predictions.write(folder, class_names, data_config)
         _logger.info(predictions.table(class_names))
         _logger.info(f"{path}: {predictions.figures_line(metrics)}\nimages and per_class.csv: {folder}")
+
+
+def _open_evaluated(options: Options, argv: list[str]) -> tuple[Options, Exported | None, Any]:
+    """The options with those of --eval below them, its model if it is an exported one, and what else it holds."""
+    path = str(options.eval)
+    chosen = any(argument.split("=")[0] == "--model" for argument in argv)
+    if kind_of(path):
+        if chosen:
+            raise RunError(f"--model: {path} is a whole program, and needs none")
+        model, about = open_exported(path)
+        settings = {"in_chans": about["data_config"]["input_size"][0], "multi_label": bool(about["thresholds"])}
+        return parse_options(argv, base=settings), model, about
+    checkpoint: Any = read_checkpoint(path)
+    args = checkpoint.get("args") if isinstance(checkpoint, dict) else None
+    if isinstance(args, dict):
+        settings = {key: value for key, value in args.items() if key in EVALUATION_SETTINGS}
+        if not chosen:
+            check_source(str(settings.get("model")), path)
+        options = parse_options(argv, base=settings)
+    return options, None, checkpoint
 
 
 def run_folder(options: Options) -> Path:

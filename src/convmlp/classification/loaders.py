@@ -9,6 +9,7 @@ import torch
 from timm.data import FastCollateMixup, IterableImageDataset, create_loader, create_transform
 from timm.data.loader import PrefetchLoader
 from torch.utils.data import BatchSampler, DataLoader
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..common.devices import count_cores, return_freed_memory
 from ..common.errors import RunError, plural
@@ -19,6 +20,9 @@ from .settings import Augmentation, Data, Options
 from .sources import Source
 
 _logger = logging.getLogger(__name__)
+
+
+UNCHANGED = "unchanged"  # the crop mode of a model that takes images as they are
 
 
 class DataConfig(TypedDict):
@@ -269,6 +273,8 @@ def _create_mixup(options: Options, num_classes: int) -> FastCollateMixup | None
 
 
 def _create_transform(options: Augmentation, data_config: DataConfig, train: bool) -> Any:
+    if data_config["crop_mode"] == UNCHANGED and not train:
+        return pil_to_tensor
     settings = _transform_settings(options, data_config, train)
     try:
         return create_transform(**settings, is_training=train, use_prefetcher=True)

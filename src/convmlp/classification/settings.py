@@ -39,7 +39,9 @@ class Run(Group):
         None, "choose defaults by the images; auto: finetune if there are weights, else scratch; probe: the head alone"
     )
     check_data: bool = option(False, "only look at the images: counts, sizes, unreadable ones, duplicates")
-    eval: str | None = option(None, "only evaluate this checkpoint; its own settings are the defaults", "CHECKPOINT")
+    eval: str | None = option(
+        None, "only evaluate this checkpoint or exported file; its own settings are the defaults", "FILE"
+    )
     resume: str | None = option(None, "continue a run: auto takes the folder's newest checkpoint", "auto|FILE")
     overwrite: bool = option(False, "replace an earlier run in the output folder")
     output: str | None = option(None, "where runs go, by default output; with --eval beside the checkpoint", "DIR")

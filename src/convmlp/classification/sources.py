@@ -49,6 +49,9 @@ class Source:
     def __len__(self) -> int:
         return len(self.places)
 
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return self.load(index)
+
     def load(self, index: int) -> tuple[Image.Image, int]:
         """An image and the number of its class."""
         image, target = self.read(self.places[index])

@@ -82,6 +82,14 @@ def fraction(text: str) -> float:
     return number
 
 
+def points(text: str) -> float:
+    """An argparse type: a number from 0 to 100."""
+    number = _number(text)
+    if not 0 <= number <= 100:
+        raise argparse.ArgumentTypeError(f"must be between 0 and 100, got {text}")
+    return number
+
+
 def _number(text: str) -> float:
     try:
         return float(text)

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +14,13 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from torch import nn
+from torchvision.transforms.functional import pil_to_tensor
 
 from ..common.classes import read_class_names
 from ..common.devices import choose_device
 from ..common.errors import CheckpointError, RunError, plural
 from ..common.images import to_mode
+from ..exported import Exported, kind_of, open_exported
 from ..model import ConvMLP
 from ..timm_models import (  # and our models are registered with timm
     SOURCES,
@@ -35,7 +36,7 @@ from ..timm_models import (  # and our models are registered with timm
 from ..weights import extract_state_dict, find_checkpoint, fitting_variant, read_checkpoint
 from ..zoo import VARIANTS, variant_of
 
-SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors", ".onnx", ".pt2")
+SUFFIXES = (".pth", ".pt", ".tar", ".bin", ".ckpt", ".safetensors", ".onnx", ".pt2", ".xml")
 SMALLEST, LARGEST = 32, 16384  # pixels on a side of what a model sees
 
 # Arguments of a model that a checkpoint cannot set: they are given by what it holds, or read other files
@@ -52,6 +53,9 @@ class Classifier:
     and `about` the args, epoch and history that it has if it is a checkpoint of classification.py. `thresholds` are the
     least probabilities of the classes if an image may have several. Logits are divided by `temperature`, which was
     fitted to validation images, so that what has a probability of 80 % is right four times out of five.
+
+    The `model` of a file that `convmlp export` wrote is an `Exported`. If that holds the preprocessing, `transform` and
+    `preprocess` leave it to the file.
     """
 
     name: str
@@ -73,15 +77,27 @@ class Classifier:
             raise RunError(f"{self.title} takes {plural(channels, 'channel')}, and images are read as 1 or 3")
         return "L" if channels == 1 else "RGB"
 
+    @property
+    def takes_pixels(self) -> bool:
+        """Whether the model is a file that resizes and normalises by itself."""
+        return isinstance(self.model, Exported) and self.model.takes_pixels
+
     @cached_property
     def transform(self) -> Any:
         """From a Pillow image to a normalised tensor, (c, h, w): resize, crop, as in evaluation."""
-        return create_transform(**self.data_config)
+        return pil_to_tensor if self.takes_pixels else create_transform(**self.data_config)
 
-    def preprocess(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Pillow images of any mode to a batch on the model's device, (b, c, h, w)."""
+    def preprocess(self, images: Sequence[Image.Image]) -> Any:
+        """Pillow images of any mode to a batch as the model takes it, see `collate`."""
         images = [image if image.mode == self.image_mode else to_mode(image, self.image_mode) for image in images]
-        return torch.stack([self.transform(image) for image in images]).to(self.device)
+        return self.collate([self.transform(image) for image in images])
+
+    def collate(self, tensors: list[torch.Tensor]) -> Any:
+        """What `transform` made of images, as a batch on the model's device, (b, c, h, w).
+
+        For a model that `takes_pixels` they stay a list, (c, h, w) uint8, because each has a size of its own.
+        """
+        return tensors if self.takes_pixels else torch.stack(tensors).to(self.device)
 
 
 def open_classifier(
@@ -97,7 +113,8 @@ def open_classifier(
     Args:
         model: Any timm name, ours among them, or a folder as `local-dir:FOLDER`; convmlp_s by default. A training
             checkpoint knows its model, and bare weights of ours are recognised.
-        checkpoint: A file or URL: of classification.py, or bare weights. Averaged weights are preferred.
+        checkpoint: A file or URL: of classification.py, or bare weights. Averaged weights are preferred. Or a file
+            that `convmlp export` wrote for ONNX Runtime, torch.export or OpenVINO, which that runs on the CPU.
         pretrained: Without a checkpoint, take the published weights; False leaves them random.
         device: 'auto', 'cuda', 'mps', 'cpu', 'cuda:1', ...
         img_size: Side of the square that the model sees, in pixels; by default what it was trained with.
@@ -109,10 +126,15 @@ def open_classifier(
     chosen = choose_device(device)
     if img_size is not None and not SMALLEST <= img_size <= LARGEST:
         raise RunError(f"--img-size must be between {SMALLEST} and {LARGEST} px, got {img_size}")
+    if not checkpoint and model and not is_model(model) and kind_of(model):
+        model, checkpoint = None, model
     if checkpoint and (folder := _hub_folder(checkpoint)):
         model, checkpoint = f"local-dir:{folder}", None
     if checkpoint is None:
         classifier = _create(model or "convmlp_s", pretrained, img_size)
+    elif kind_of(checkpoint):
+        classifier = _open_exported(model, checkpoint, device)
+        chosen = torch.device("cpu")
     else:
         classifier = _load(model, checkpoint)
     if class_map:
@@ -123,7 +145,7 @@ def open_classifier(
             raise RunError(f"{class_map} names {given}, {checkpoint or classifier.name} has {number}")
     channels, *_, side = classifier.data_config["input_size"]
     if img_size and img_size != side:
-        if checkpoint and has_fixed_size(classifier.name):
+        if classifier.takes_pixels or checkpoint and has_fixed_size(classifier.name):
             raise RunError(f"--img-size: {classifier.title} works only at its own {side} px")
         classifier.data_config = {**classifier.data_config, "input_size": (channels, img_size, img_size)}
     classifier.model.to(chosen).eval()
@@ -189,6 +211,29 @@ def _load(model: str | None, checkpoint: str) -> Classifier:
     return Classifier(name, network, names, config, torch.device("cpu"), title, "file", known, **fitted)
 
 
+def _open_exported(model: str | None, path: str, device: str) -> Classifier:
+    """A file that `convmlp export` wrote, as a classifier."""
+    if model:
+        raise RunError(f"--model {model}: {path} is a whole program, and needs no --model")
+    if device not in ("auto", "cpu"):
+        raise RunError(f"--device {device}: {path} is run on the CPU")
+    network, about = open_exported(path)
+    fitted = {"thresholds": about["thresholds"], "temperature": 1.0 if about["preprocess"] else about["temperature"]}
+    data_config = {**about["data_config"], "input_size": tuple(about["data_config"]["input_size"])}
+    check_data_config(data_config, path)
+    return Classifier(
+        about["arch"], network, about["class_names"], data_config, torch.device("cpu"), path, "file", **fitted
+    )
+
+
+def need_layers(classifier: Classifier, verb: str) -> None:
+    """Make sure that a classifier is a PyTorch model, not a file for another program."""
+    if isinstance(classifier.model, Exported):
+        raise RunError(
+            f"{classifier.title} is an exported program, without layers: {verb} takes the checkpoint it is of"
+        )
+
+
 def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, Any], path: Path) -> TimmModel:
     """The model that these weights fit, not yet filled with them."""
     args = about.get("args") or {}
@@ -213,24 +258,16 @@ def _build(name: str, weights: Mapping[str, torch.Tensor], about: Mapping[str, A
 
 
 def _explain(error: CheckpointError, path: Path) -> str:
-    """Why a file is not a checkpoint; of a program such as `convmlp export` writes, what it is."""
+    """Why a file is not a checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.rpartition("/")[2] for name in archive.namelist()}
     except Exception:  # no archive, or one so damaged that it has no list
         members = set()
-    if members & {"archive_format", "serialized_exported_program.json"}:
-        return f"{path} is a torch.export program, not a checkpoint; docs/using.md says how to run one"
     if "constants.pkl" in members:
         return f"{error}; docs/using.md says how to run one"
     if members:
         return f"{error}; one of a detector or segmentor needs its --config FILE"
-    # ONNX's protocol buffer begins with its version; then comes the producer, the graph, or the operator sets
-    if os.path.isfile(path):
-        with open(path, "rb") as file:
-            is_onnx = re.match(rb"\x08[\x01-\x20][\x12\x3a\x42]", file.read(3))
-        if is_onnx:
-            return f"{path} is an ONNX model, not a checkpoint; docs/recipes/onnxruntime.md says how to run one"
     return str(error)
 
 
@@ -258,9 +295,15 @@ def _check_about(about: Mapping[str, Any], path: Path) -> None:
         if not holds:
             value = about.get(key)
             raise CheckpointError(f"{path} is not a classification.py checkpoint: its {key} is {value!r:.80}")
-    mode = "L" if sides[0] == 1 else "RGB"
+    check_data_config(config, path)
+
+
+def check_data_config(config: Mapping[str, Any], path: str | Path) -> None:
+    """Make sure that timm takes a data_config of a file."""
+    channels = config["input_size"][0]
+    mode = "L" if channels == 1 else "RGB"
     try:
-        create_transform(**{**config, "input_size": (sides[0], 32, 32)})(Image.new(mode, (40, 36)))
+        create_transform(**{**config, "input_size": (channels, 32, 32)})(Image.new(mode, (40, 36)))
     except Exception as error:  # of whatever the values lead to
         raise CheckpointError(f"{path}: its data_config cannot be used: {type(error).__name__}: {error}") from error
 

@@ -134,8 +134,8 @@ def predict_each(
         opened = [one for one in batch if isinstance(one, _Opened)]
         predictions: Iterator[Prediction] = iter(())
         if opened:
-            tensors = torch.stack([one.tensor for one in opened]).to(classifier.device)
-            probabilities, features = _compute(tensors, classifier, network)
+            inputs = classifier.collate([one.tensor for one in opened])
+            probabilities, features = _compute(inputs, classifier, network)
             best = _best(probabilities, classifier, topk)
             predictions = (
                 Prediction(
@@ -205,9 +205,9 @@ def classify(images: Sequence[Image.Image], classifier: Classifier) -> torch.Ten
 
 @torch.inference_mode()
 def _compute(
-    batch: torch.Tensor, classifier: Classifier, network: nn.Module | None = None
+    batch: Any, classifier: Classifier, network: nn.Module | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Probabilities of a batch on the device, and its features if `network` gives them; float32 on the CPU."""
+    """Probabilities of a batch, see `Classifier.collate`, and its features if `network` gives them; on the CPU."""
     outputs = (network or classifier.model)(batch)
     logits, features = outputs if isinstance(outputs, (tuple, list)) else (outputs, None)
     logits = logits.float().cpu() / classifier.temperature

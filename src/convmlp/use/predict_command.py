@@ -12,6 +12,7 @@ from ..common.command import Verb, fraction, positive_int
 from ..common.errors import RunError, plural
 from ..common.files import check_writable, make_folder, write_atomically
 from ..common.output import say, show_table, write_result
+from .options import add_machine, refuse
 
 RESULTS = ("json", "jsonl", "csv", "parquet")
 SHOWN = 100  # images in the table on the screen, if all of them are in a file
@@ -24,9 +25,10 @@ Predict = Callable[[Sequence[Path]], Iterator[Row]]
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help="files, folders, or patterns in quotes")
+    places = "files, folders, or patterns in quotes; a file of `convmlp export` may stand first"
+    add("images", nargs="+", metavar="IMAGE|FOLDER|GLOB", help=places)
     add("--model", metavar="NAME", help="a ConvMLP or any other model of timm; convmlp_s without a checkpoint")
-    add("--checkpoint", metavar="FILE|URL", help="trained weights; those of classification.py know their model")
+    add("--checkpoint", metavar="FILE|URL", help="trained weights, or a file of `convmlp export`")
     add("--class-map", metavar="FILE", help="class names, one a line, for weights that do not tell theirs")
     add("--topk", type=positive_int, metavar="N", help="how many classes to name (5)")
     add("--min-confidence", type=fraction, metavar="P", help="abstain where the best class is less probable")
@@ -45,19 +47,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_machine(parser)
 
 
-def add_machine(parser: argparse.ArgumentParser) -> None:
-    """Options of several verbs."""
-    parser.add_argument("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees")
-    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (cuda, else mps, else cpu), or a device")
-
-
 def predict(options: argparse.Namespace) -> int:
     """Predict what is on the images, and leave the results where the options say."""
     from tqdm import tqdm
 
     from ..common.images import find_images
+    from ..exported import kind_of
     from .journal import Journal
 
+    if not (options.checkpoint or options.model) and kind_of(options.images[0]):
+        options.checkpoint = options.images.pop(0)
+        if not options.images:
+            raise RunError(f"{options.checkpoint} is an exported classifier: name images behind it")
     paths = list(dict.fromkeys(path for place in options.images for path in find_images(place)))
     files = _check_results(options)
     drawn = _plan_drawings(options, paths)
@@ -148,8 +149,9 @@ def _classes(options: argparse.Namespace, drawn: Drawn) -> tuple[Predict, Mappin
     from ..common.devices import resolve_amp_dtype
     from ..common.images import UnreadableImage, read_image
     from ..deploy import Tiered
+    from ..exported import Exported
     from . import predict as work
-    from .classifier import open_classifier
+    from .classifier import need_layers, open_classifier
 
     classifier = open_classifier(
         options.model, options.checkpoint, device=options.device, img_size=options.img_size, class_map=options.class_map
@@ -157,11 +159,14 @@ def _classes(options: argparse.Namespace, drawn: Drawn) -> tuple[Predict, Mappin
     if options.topk and classifier.thresholds:
         raise RunError("--topk is for one class an image; this model names every label that reaches its threshold")
     topk, batch_size = options.topk or work.TOPK, options.batch_size or work.BATCH_SIZE
+    if options.features:
+        need_layers(classifier, "--features")
     network = work.FeaturesToo(classifier.model) if options.features else classifier.model
+    exact = options.exact or isinstance(network, Exported)
     dtype = resolve_amp_dtype("auto", classifier.device) or torch.float32
 
     def predict_images(paths: Sequence[Path]) -> Iterator[Row]:
-        fast = network if options.exact else Tiered(network, len(paths), classifier.device, dtype, say)
+        fast = network if exact else Tiered(network, len(paths), classifier.device, dtype, say)
         small: list[work.Prediction] = []
         found = work.predict_each(paths, classifier, topk, batch_size, options.min_confidence, fast)
         for path, one in zip(paths, found, strict=True):
@@ -199,15 +204,7 @@ def _objects(options: argparse.Namespace, drawn: Drawn) -> tuple[Predict, Mappin
     return partial(predict_files, drawn=drawn, **settings), settings
 
 
-def refuse(options: argparse.Namespace, names: Sequence[str], reason: str) -> None:
-    """An option that would change nothing is an error."""
-    for name in names:
-        value = getattr(options, name)
-        if value is not None and value is not False:  # 0.0 is a threshold, though it equals False
-            raise RunError(f"--{name.replace('_', '-')} {reason}")
-
-
-VERB = Verb(
+PREDICT = Verb(
     "predict",
     "Classify images; with --config, detect or segment what is on them.",
     add_options,
