@@ -5,7 +5,8 @@
     features.jpg       feature maps of ConvMLP-S and Pure-MLP-S of one photograph
     cam.jpg            where ConvMLP-S looks for four of its classes, in four photographs put together
     curves.png         learning curves of `make quickstart`, if it has run
-    ablation.png       what tools/ablation.py found, if it has run
+    ablation.png       what `make ablation` found, if it has run
+    fashion_mnist.png  what `make benchmark-accuracy` found, if it has run
 
 For features.jpg and cam.jpg, two models learn from crops of ten photographs which photograph a crop is from (ten
 minutes on two cores). The photographs come with scikit-image and scikit-learn, whose READMEs name their authors. Those
@@ -232,9 +233,14 @@ def main() -> None:
         save_figure(feature_figure(image, classifiers), out / "features.jpg")
     together = put_together(SHOWN_TOGETHER, 112)
     save_figure(cam_figure(together, classifiers[:1], SHOWN_TOGETHER), out / "cam.jpg")
-    for source in (Path("output/quickstart/curves.png"), Path("output/ablation/ablation.png")):
-        if source.exists():
-            shutil.copyfile(source, out / source.name)
+    measured = {
+        "curves.png": "output/quickstart/curves.png",
+        "ablation.png": "output/ablation/ablation.png",
+        "fashion_mnist.png": "output/accuracy/accuracy.png",
+    }
+    for name, source in measured.items():
+        if Path(source).exists():
+            shutil.copyfile(source, out / name)
     for path in sorted(out.glob("*.png")):  # drawings: a palette of 256 colours is a third of the size
         with Image.open(path) as image:
             image.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
