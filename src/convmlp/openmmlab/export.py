@@ -156,24 +156,18 @@ def _write_and_check(model: TrainedModel, graph: Graph, path: Path, score_thresh
     fixed = graph.reader.fixed
     sizes = CHECKED_SIZES if fixed is None else [fixed] * 2
     images = [_make_image(*size, seed) for seed, size in enumerate(sizes)]
-    program = _to_onnx(graph, images[0])
     about = _describe(model, graph.reader)
-
-    def save(threshold: float | None) -> None:
-        if threshold is not None:
-            initializer = program.model.graph.initializers["score_threshold"]
-            initializer.const_value = onnx_ir.tensor(np.float32(threshold), name="score_threshold")
-            about["score_threshold"] = threshold
-        program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
-        program.save(path, external_data=False)
-
-    wanted = None
     if isinstance(graph, Detector):
-        wanted = graph.test_cfg.get("score_thr", 0.0) if score_threshold is None else score_threshold
+        about["score_threshold"] = graph.test_cfg.get("score_thr", 0.0) if score_threshold is None else score_threshold
         graph.test_cfg.score_thr = 0.0  # there may be no object on the images, but there is always a best detection
     expected = predict(_to_size(model, fixed), images)
-    lowest = [float(each.scores.min(initial=1.0)) for each in expected if isinstance(each, Detections)]
-    save(0.999 * min(lowest) if lowest else None)
+    if isinstance(graph, Detector):
+        # No round number: the exporter makes one of equal constants, and this one changes below
+        lowest = min(each.scores.min(initial=1.0) for each in expected if isinstance(each, Detections))
+        graph.score_threshold.fill_(0.999 * lowest)
+    program = _to_onnx(graph, images[0])
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
+    program.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     found = [session.run(None, {"image": np.asarray(image)}) for image in images]
     agreement, compared = _compare(found, expected)
@@ -182,7 +176,10 @@ def _write_and_check(model: TrainedModel, graph: Graph, path: Path, score_thresh
             f"the export finds something else than the model of {model.config}: {agreement:.1%} of {compared} agree, "
             f"{MIN_AGREEMENT:.0%} must; of its test_cfg the export knows only plain NMS and whole images"
         )
-    save(wanted)
+    if isinstance(graph, Detector):
+        threshold = onnx_ir.tensor(np.float32(about["score_threshold"]), name="score_threshold")
+        program.model.graph.initializers["score_threshold"].const_value = threshold
+        program.save(path, external_data=False)
     return Report(path, path.stat().st_size, graph.outputs, len(images), compared, agreement)
 
 

@@ -141,6 +141,8 @@ class Detector(Graph):
         test_cfg: The part of the network's settings with the limits of the detections that come out.
     """
 
+    score_threshold: torch.Tensor
+
     def __init__(self, network: BaseModel, reader: Reader, test_cfg: Any):
         super().__init__(network, reader)
         self.test_cfg = test_cfg
