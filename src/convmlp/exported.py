@@ -128,9 +128,7 @@ def _open_onnx(path: Path) -> Opened:
         session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         if re.search("external data|model_path", str(error), re.IGNORECASE):
-            raise RunError(
-                f"{path} keeps its weights in other files, which are not read: write it as one file"
-            ) from error
+            raise RunError(f"{path} keeps its weights in other files, which are not read: write it whole") from error
         raise
     (given,), (output,) = session.get_inputs(), session.get_outputs()
     batch = given.shape[0] if isinstance(given.shape[0], int) else None

@@ -33,7 +33,7 @@ TEXTS = {
     "out_spec": re.compile(r'[\w ."\[\]{}:,]*'),
 }
 FUNCTIONS = {"Add", "Mul", "Max", "Min", "Integer", "FloorDiv", "CeilDiv", "Mod", "PythonMod", "Pow", "Symbol"}
-FUNCTIONS |= {"Equality", "Unequality", "GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan"}
+FUNCTIONS |= {"Equality", "GreaterThan", "LessThan", "StrictGreaterThan", "StrictLessThan"}
 FUNCTIONS |= {"And", "Or", "Not", "Rational", "ToFloat", "FloorToInt", "CeilToInt", "TruncToInt"}
 OPERATORS = "add sub mul floordiv truediv mod neg eq ne ge gt le lt getitem and_ or_ not_".split()
 NUMBERS = {f"_operator.{name}" for name in OPERATORS} | {

@@ -172,7 +172,7 @@ def programs(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("apart.onnx", "keeps its weights in other files, which are not read: write it as one file"),
+        ("apart.onnx", "keeps its weights in other files, which are not read: write it whole"),
         ("x.onnx", "does not tell its arch, class_names, input_size and 5 more, so .*; `convmlp export` writes files"),
         ("x.pt2", "is not read: .*, which no file of `convmlp export` holds"),
         ("x.pt", "is a TorchScript archive, a program; give the checkpoint it was made of; docs/using.md says how"),

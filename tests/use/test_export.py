@@ -28,13 +28,14 @@ from convmlp.use.export import SUFFIXES, Report, export
 
 TINY = dict(blocks=(1, 1, 1), dims=(16, 24, 192), mlp_ratios=(2, 2, 2), channels=8, n_conv_blocks=1)
 FILES = ("onnx", "torch-export", "torchscript")
+FORMATS = (*FILES, "safetensors")  # the others are in test_writers.py
 
-each_format = pytest.mark.parametrize("format", list(SUFFIXES))
+each_format = pytest.mark.parametrize("format", FORMATS)
 each_file = pytest.mark.parametrize("format", FILES)
 
 # An export to ONNX takes seconds: the quick tests of ONNX share the files of `written`
 slow_onnx = pytest.param("onnx", marks=pytest.mark.slow)
-each_new_format = pytest.mark.parametrize("format", [slow_onnx, *[name for name in SUFFIXES if name != "onnx"]])
+each_new_format = pytest.mark.parametrize("format", [slow_onnx, *FORMATS[1:]])
 each_new_file = pytest.mark.parametrize("format", [slow_onnx, *FILES[1:]])
 
 
@@ -441,8 +442,16 @@ def test_a_folder_is_added_to_only_when_asked(tiny, tmp_path):
     ("request_", "message"),
     [
         (dict(format="onxx"), "unknown format onxx; did you mean onnx?; there are onnx, torch-export"),
-        (dict(format="safetensors", fold=True), "BatchNorm cannot be folded there"),
-        (dict(format="torch-export", opset=20), "an opset is for onnx, not for torch-export"),
+        (
+            dict(format="safetensors", fold=True),
+            "fold is for onnx, torch-export, torchscript, openvino, executorch, litert, not",
+        ),
+        (dict(format="torch-export", opset=20), "opset is for onnx, not for torch-export"),
+        (dict(format="torchscript", preprocess=True), "preprocess is for onnx, torch-export, openvino, not for torchs"),
+        (dict(preprocess=True, dynamic=True), "takes images of any size by itself, without dynamic"),
+        (dict(format="torch-export", calibration=[0]), "int8 is for onnx, openvino, not for torch-export"),
+        (dict(calibration=[0], half=True), "a file is in int8 or in float16: give one of them"),
+        (dict(format="openvino"), "an OpenVINO file is called NAME.xml"),
         pytest.param(dict(opset=99), "PyTorch cannot write this model in ONNX opset 99", marks=pytest.mark.slow),
     ],
 )

@@ -60,7 +60,7 @@ def test_images_are_those_of_pillow(config, configured):
         steps = (graph.network.x - expected) * graph.std * 255  # of the 256 that a pixel has
         assert graph.network.x.shape == expected.shape
         assert steps.abs().max() < 1.01
-        assert (steps.abs() > 0.5).float().mean() < 0.03  # halves that the rounding of Pillow's weights decides
+        assert steps.abs().mean() < 0.1  # where a half goes up or down by the rounding of Pillow's weights
 
 
 def test_colours_become_grey_as_pillow_makes_them(configured):

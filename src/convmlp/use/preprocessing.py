@@ -36,7 +36,6 @@ class Preprocessed(nn.Module):
     resize differs more: they do not round in between, and not all of them smooth what they make smaller.
     """
 
-    filter: Filter
     mean: torch.Tensor
     std: torch.Tensor
     fill: torch.Tensor
@@ -50,10 +49,11 @@ class Preprocessed(nn.Module):
             raise RunError(f"preprocessing in a file resizes {' or '.join(FILTERS)}, not {interpolation}")
         self.network = network
         self.dtype = dtype
-        self.filter = FILTERS[interpolation]
+        self.interpolation = interpolation
         self.mode = config["crop_mode"] or "center"
         self.crop = [int(side) for side in config["input_size"][1:]]
         self.scaled = [math.floor(side / config["crop_pct"]) for side in self.crop]
+        self.padded = self.mode == "border" or config["crop_pct"] > 1
         self.grey = classifier.image_mode == "L"
         self.several = bool(classifier.thresholds)
         self.temperature = classifier.temperature
@@ -72,7 +72,7 @@ class Preprocessed(nn.Module):
         columns, inside_columns = self._matrix(images.shape[2], width, self.crop[1])
         x = _round(x @ columns.T)
         x = _round(rows @ x)
-        if self.mode == "border" or self.scaled < self.crop:
+        if self.padded:
             x = torch.where(torch.logical_and(inside_rows[:, None], inside_columns), x, self.fill)
         logits = self.network(((x / 255 - self.mean) / self.std).to(self.dtype)).float() / self.temperature
         return logits.sigmoid() if self.several else logits.softmax(1)
@@ -99,7 +99,7 @@ class Preprocessed(nn.Module):
         places = torch.arange(crop, dtype=torch.float64) + first
         scale = torch.full((), side, dtype=torch.float64) / resized
         distances = torch.arange(side, dtype=torch.float64) + 0.5 - ((places + 0.5) * scale)[:, None]
-        weights = self.filter(distances / scale.clamp(min=1))
+        weights = FILTERS[self.interpolation](distances / scale.clamp(min=1))
         inside = torch.logical_and(places >= 0, places < resized)
         return (weights / weights.sum(1, keepdim=True)).float(), inside
 
