@@ -12,13 +12,10 @@ Face's Hub. It has no place for the temperature.
 """
 
 import copy
-import io
 import logging
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,6 +26,7 @@ from PIL import Image
 
 from ..common.errors import RunError, one_line, suggest
 from ..common.files import check_writable, make_folder, write_atomically
+from ..common.output import quiet
 from ..common.packages import need
 from ..deploy import fold_batchnorm
 from ..exported import Run
@@ -160,7 +158,7 @@ def export(
         reports.append(replace(report, path=path))
 
     try:
-        with _quiet(), torch.no_grad():
+        with quiet(), torch.no_grad():
             (_write_folder if format == "safetensors" else write_atomically)(path, write_and_check)
     except RunError:
         raise
@@ -299,16 +297,3 @@ def _write_folder(path: Path, write: Callable[[Path], None]) -> None:
         raise RunError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporters print, log and warn of: what comes of it is checked, and said in an error."""
-    before = logging.root.manager.disable
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(before)
