@@ -76,10 +76,11 @@ def test_a_file_predicts_and_is_evaluated_as_its_checkpoint(kind, write, best, d
     classifier, file = open_classifier(checkpoint=str(best), device="cpu"), open_classifier(checkpoint=str(path))
     assert file.class_names == classifier.class_names and file.takes_pixels == ("--preprocess" in kind)
     expected, found = predict(val, classifier, 3)[0], predict(val, file, 3)[0]
-    bound = 0.2 if "int8" in kind else 1e-2 if "half" in kind else 2e-3
-    for left, right in zip(expected, found, strict=True):
+    same = sum(left.best[0].name == right.best[0].name for left, right in zip(expected, found, strict=True))
+    assert same >= (25 if "int8" in kind else 30)
+    for left, right in zip(expected, found, strict=True) if "int8" not in kind else ():
         probabilities = {guess.name: guess.probability for guess in right.best}
-        assert all(abs(probabilities[guess.name] - guess.probability) < bound for guess in left.best)
+        assert all(abs(probabilities[guess.name] - guess.probability) < 0.01 for guess in left.best)
     code, out, _ = verb("predict", path, val[0], "--json", "-")
     assert code == 0 and f'"name": "{found[0].best[0].name}"' in out
     words = ["--eval", str(path), "--workers", "0", "--output", str(tmp_path / "eval"), str(digits)]

@@ -186,8 +186,8 @@ def write_executorch(
     exported = _capture(network, example, wishes)
     lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()], constant_methods=about)
     path.write_bytes(lowered.to_executorch().buffer)
-    method = Runtime.get().load_program(path.read_bytes()).load_method("forward")
-    return lambda images: method.execute([images])[0].clone()
+    program = Runtime.get().load_program(path.read_bytes())  # which its methods must not outlive
+    return lambda images: program.load_method("forward").execute([images])[0].clone()
 
 
 def write_litert(classifier: Classifier, network: nn.Module, example: torch.Tensor, path: Path, wishes: Wishes) -> Run:
