@@ -14,7 +14,6 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from .backends import Network, capture
 
 TOLERANCE = 0.1  # of the outputs: the norm of what int8 changes in them, over their own norm
-MARGIN = 0.8  # of the tolerance, before compiling: compiled kernels round in other places
 
 aten = torch.ops.aten
 
@@ -22,8 +21,8 @@ aten = torch.ops.aten
 def quantise(network: Network, batches: Sequence[torch.Tensor]) -> tuple[GraphModule, list[str]]:
     """A network with convolutions and linear layers in int8, and the names of those that stay float.
 
-    At first none do. While the outputs for the calibration images differ by more than the `MARGIN` of the `TOLERANCE`,
-    layers are left float, those whose own outputs suffer most: one, two, four, ...
+    At first none do. While the outputs for the calibration images differ by more than `TOLERANCE`, layers are left
+    float, those whose own outputs suffer most: one, two, four, ...
 
     Args:
         network: What to quantise, in float32.
@@ -32,18 +31,16 @@ def quantise(network: Network, batches: Sequence[torch.Tensor]) -> tuple[GraphMo
     Raises:
         ValueError: there is no such layer, or none can be int8 within the tolerance.
     """
-    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
+    noise = _noise_of_layers(network, batches)
+    worst_first = sorted(noise, key=lambda name: -noise[name])
     expected = [network(x) for x in batches]
-    count, worst_first = 0, list[str]()
-    while count < len(layers):
+    count = 0
+    while count < len(noise):
         quantised = _convert(network, batches, worst_first[:count])
-        if difference(quantised, batches, expected) <= MARGIN * TOLERANCE:
+        if difference(quantised, batches, expected) <= TOLERANCE:
             return quantised, worst_first[:count]
-        if not worst_first:
-            noise = _noise_of_layers(network, layers, batches)
-            worst_first = sorted(layers, key=lambda name: -noise[name])
         count = max(1, 2 * count)
-    raise ValueError(f"none of its {len(layers)} convolutions and linear layers can be int8")
+    raise ValueError(f"none of its {len(noise)} convolutions and linear layers can be int8")
 
 
 def difference(run: Callable[[torch.Tensor], Any], batches: Sequence[torch.Tensor], expected: Sequence[Any]) -> float:
@@ -96,10 +93,9 @@ def _has_vnni() -> bool:
     return any(has for name, has in can.items() if "vnni" in name)
 
 
-def _noise_of_layers(
-    network: nn.Module, layers: dict[str, nn.Conv2d | nn.Linear], batches: Sequence[torch.Tensor]
-) -> dict[str, float]:
+def _noise_of_layers(network: nn.Module, batches: Sequence[torch.Tensor]) -> dict[str, float]:
     """How much int8 changes the outputs of each layer, relative to these, if all before it is float."""
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, (nn.Conv2d, nn.Linear))}
     rough: dict[nn.Module, nn.Conv2d | nn.Linear] = {layer: copy.deepcopy(layer) for layer in layers.values()}
     for layer in rough.values():
         layer.weight.data = torch.stack([_rounded(row) for row in layer.weight])  # each output channel has its scale
