@@ -71,9 +71,10 @@ PRINTS: dict[str, list[str]] = {
     ],
     "plain_pytorch": [r"epoch 0: loss \d", r"epoch 1: loss 0\.\d+, accuracy (0\.[89]|1\.)"],
     "quantisation_pt2e": [
-        r"outputs differ by [0-9]\.\d%, layers in float: \[",
+        r"weights: 12\d\d kB, int8 3\d\d kB",
         r"float32: accuracy [89]\d\.\d%",
         r"int8: accuracy [89]\d\.\d%",
+        r"int8 compiled: accuracy [89]\d\.\d%",
     ],
     "quantisation_torchao": [
         r"float32: accuracy 9\d\.\d%",

@@ -27,7 +27,7 @@ import torch
 import workloads
 from peers import SIMILAR, published
 from tqdm import tqdm
-from workloads import BASE, DTYPES, INT8_PACKAGES, MODES, Variant
+from workloads import BASE, DTYPES, MODES, Variant
 
 from convmlp import deploy
 from convmlp.common.command import Parser, positive_float, positive_int, run
@@ -50,9 +50,9 @@ def make_parser() -> Parser:
     add("models", nargs="*", metavar="MODEL", help="timm names or checkpoints; by default convmlp_s")
     add("--peers", action="store_true", help="also models of timm whose accuracy is similar")
     help_modes = f"{', '.join(MODES)} (all that this machine can run)"
-    add("--modes", nargs="+", choices=[*MODES], metavar="MODE", help=help_modes)
+    add("--modes", nargs="+", choices=MODES, metavar="MODE", help=help_modes)
     help_dtypes = f"{', '.join(DTYPES)} (float32 and what the device has for mixed precision)"
-    add("--dtypes", nargs="+", choices=[*DTYPES], metavar="DTYPE", help=help_dtypes)
+    add("--dtypes", nargs="+", choices=DTYPES, metavar="DTYPE", help=help_dtypes)
     add("--batch-sizes", nargs="+", type=positive_int, metavar="N", help="images at once (1 8, on a GPU 1 128)")
     add("--img-size", type=positive_int, metavar="PX", help="side of the square the model sees (its own)")
     add("--device", default="auto", help="auto, cuda, mps, cpu, cuda:1, ...")
@@ -100,8 +100,7 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[list[V
         raise RunError(f"nothing is left to compare: {'; '.join(left_out)}")
     pairs = dict.fromkeys([BASE, *(pair for pair, reason in reasons.items() if not reason)])
     common = {"device": str(device), "threads": options.threads or torch.get_num_threads()}
-    floats = [dtype for dtype in dict.fromkeys(dtype for _, dtype in pairs) if DTYPES[dtype].is_floating_point]
-    products = [Variant(**common, dtype=dtype) for dtype in floats]
+    products = [Variant(**common, dtype=dtype) for dtype in dict.fromkeys(dtype for _, dtype in pairs)]
     sizes = options.batch_sizes or [1, 8 if device.type == "cpu" else 128]
     groups = []
     for model, size in product(models, dict.fromkeys(sizes)):
@@ -112,12 +111,11 @@ def plan(options: argparse.Namespace, device: torch.device) -> tuple[list[list[V
 
 def why_not(mode: str, dtype: str, device: torch.device) -> str:
     """Why a mode does not go together with a number format or a device here, or ''."""
-    if DTYPES[dtype] not in MODES[mode]:
-        return f"it does not compute in {dtype}"
-    if device.type != "cpu" and (mode in deploy.PACKAGES or dtype == "int8"):
+    if mode in deploy.PACKAGES and device.type != "cpu":
         return f"it is measured on CPUs only, not on {device.type}"
-    packages = deploy.PACKAGES.get(mode, ()) + (INT8_PACKAGES.get(mode, ()) if dtype == "int8" else ())
-    return pip_line(*absent) if (absent := missing(*packages)) else ""
+    if absent := missing(*deploy.PACKAGES.get(mode, ())):
+        return pip_line(*absent)
+    return "" if DTYPES[dtype] in deploy.DTYPES.get(mode, DTYPES.values()) else f"it does not compute in {dtype}"
 
 
 @dataclass

@@ -21,7 +21,6 @@ from rich.table import Table
 from workloads import BASE
 
 from convmlp.common.devices import count_cores
-from convmlp.common.errors import plural
 from convmlp.common.figures import new_figure, plain
 from convmlp.common.packages import missing
 from convmlp.zoo import variant_of
@@ -54,7 +53,7 @@ def describe(
     name = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
     processor = name[1].strip() if name else platform.processor() or platform.machine()
     device = torch.cuda.get_device_name(variant.device) if variant.device.startswith("cuda") else processor
-    packages = ("convmlp", "torch", "timm", "torchao", "onnxruntime", "openvino", "nncf")
+    packages = ("convmlp", "torch", "timm", "onnxruntime", "openvino")
     return {
         "command": command,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -138,8 +137,6 @@ def _note(row: Row) -> str:
     if "failed" in row:
         return f"failed: {row['failed']}"
     found = [row.get("backend", "")]
-    if row.get("float_layers"):
-        found.append(f"{plural(len(row['float_layers']), 'layer')} not in int8")
     if row.get("prepared_in_s", 0) > SLOW_TO_PREPARE:
         found.append(f"ready after {row['prepared_in_s']:.0f} s")
     if row.get("difference", 0) > FAR_OFF:

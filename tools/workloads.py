@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import tempfile
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -18,17 +17,8 @@ from convmlp.common.errors import RunError, one_line
 from convmlp.use import info
 from convmlp.use.classifier import open_any
 
-FLOATS = deploy.DTYPES["eager"]
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (*FLOATS, torch.int8)}
-# What each mode computes in
-MODES = {
-    **dict.fromkeys(("eager", "channels-last", "folded", "compiled"), FLOATS),
-    "prepared": (*FLOATS, torch.int8),
-    "onnxruntime": (*deploy.DTYPES["onnxruntime"], torch.int8),
-    "openvino": (*deploy.DTYPES["openvino"], torch.int8),
-}
-# What a mode needs for int8, besides what it needs anyway
-INT8_PACKAGES = {"prepared": ("torchao",), "openvino": ("nncf",)}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in deploy.DTYPES["eager"]}
+MODES = ("eager", "channels-last", "folded", "compiled", "prepared", "onnxruntime", "openvino")
 BASE = ("eager", "float32")
 
 _measured: dict[str, Any] = {}  # what this process measures, from `prepare` to `measure`
@@ -135,8 +125,6 @@ def prepare_inference(variant: Variant) -> tuple[Any, dict[str, Any]]:
     forward = apply_mode(variant.mode, model, x, DTYPES[variant.dtype])
     if isinstance(forward.func, deploy.Prepared):
         facts["backend"] = forward.func.backend
-        if forward.func.about:
-            facts["float_layers"] = forward.func.about.float_layers
     run = torch.inference_mode()(forward)
     difference = ((run().float() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
     if not math.isfinite(difference):
@@ -145,51 +133,13 @@ def prepare_inference(variant: Variant) -> tuple[Any, dict[str, Any]]:
 
 
 def apply_mode(mode: str, model: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> partial[torch.Tensor]:
-    """The model as a mode runs it, with the batch that it runs on; int8 is calibrated on this batch."""
-    if dtype == torch.int8 and mode != "prepared":
-        return {"openvino": openvino_int8, "onnxruntime": onnxruntime_int8}[mode](model, x)
+    """The model as a mode runs it, with the batch that it runs on."""
     if mode in ("prepared", "onnxruntime", "openvino"):
-        backend, calibration = "auto" if mode == "prepared" else mode, [x] if dtype == torch.int8 else None
-        ready = deploy.prepare(model, dtype=dtype, example_input=x, calibration=calibration, backend=backend)
-        return partial(ready, x)
+        backend = "auto" if mode == "prepared" else mode
+        return partial(deploy.prepare(model, dtype=dtype, example_input=x, backend=backend), x)
     if mode == "folded":
         model = deploy.fold_batchnorm(model)
     model, x = model.to(dtype), x.to(dtype)
     if mode in ("channels-last", "folded"):
         model, x = model.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
     return partial(torch.compile(model) if mode == "compiled" else model, x)
-
-
-def openvino_int8(model: nn.Module, x: torch.Tensor) -> partial[torch.Tensor]:
-    """By NNCF, as its manual advises for networks with GELU."""
-    import nncf
-    import openvino
-
-    network = openvino.convert_model(torch.export.export(deploy.fold_batchnorm(model), (x,)))
-    network = nncf.quantize(network, nncf.Dataset([x.numpy()]), preset=nncf.QuantizationPreset.MIXED)
-    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.compile_model(network, "CPU", {**settings, "INFERENCE_PRECISION_HINT": "f32"})
-    return partial(lambda x: torch.from_numpy(compiled(x.numpy())[0]), x)
-
-
-def onnxruntime_int8(model: nn.Module, x: torch.Tensor) -> partial[torch.Tensor]:
-    """By its static quantisation, with a scale for each output channel."""
-    import onnxruntime
-    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-
-    class Once(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.batches = iter([{"x": x.numpy()}])
-
-        def get_next(self) -> dict[str, Any] | None:
-            return next(self.batches, None)
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        files = [str(Path(folder, name)) for name in ("float32.onnx", "int8.onnx")]
-        network = deploy.fold_batchnorm(model)
-        torch.onnx.export(network, (x,), files[0], input_names=["x"], dynamo=True, external_data=False, verbose=False)
-        quantize_static(*files, Once(), per_channel=True, activation_type=QuantType.QUInt8)
-        session = onnxruntime.InferenceSession(files[1], options, providers=["CPUExecutionProvider"])
-    return partial(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), x)

@@ -92,33 +92,10 @@ def test_what_a_mode_cannot_do_is_left_out_and_named():
     assert left_out == ["onnxruntime bfloat16: it does not compute in bfloat16"]
 
 
-def test_int8_is_for_the_modes_that_have_it_and_has_no_matrix_products():
-    groups, left_out = planned("--modes folded prepared openvino onnxruntime --dtypes int8 --batch-sizes 1")
-    assert pairs_of(groups[0]) == [
-        ("eager", "float32"),
-        ("prepared", "int8"),
-        ("openvino", "int8"),
-        ("onnxruntime", "int8"),
-    ]
-    assert [variant.dtype for variant in groups[0] if not variant.model] == ["float32"]
-    assert left_out == ["folded int8: it does not compute in int8"]
-
-
-def hide(package: str, monkeypatch) -> None:
-    find = packages.importlib.util.find_spec
-    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == package else find(name))
-
-
-@pytest.mark.parametrize(("mode", "package"), [("prepared", "torchao"), ("openvino", "nncf")])
-def test_int8_is_left_out_where_its_package_is_missing(mode, package, monkeypatch):
-    hide(package, monkeypatch)
-    _, left_out = planned(f"--modes folded {mode} --dtypes float32 int8")
-    assert f"{mode} int8: pip install {package}" in left_out
-
-
 @pytest.fixture
 def without_openvino(monkeypatch):
-    hide("openvino", monkeypatch)
+    find = packages.importlib.util.find_spec
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
 
 
 def test_a_mode_whose_package_is_missing_is_left_out(without_openvino):

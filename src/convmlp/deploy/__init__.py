@@ -3,8 +3,7 @@
 from .backends import DTYPES, PACKAGES
 from .files import About, describe
 from .folding import fold_batchnorm
-from .prepared import Prepared, fingerprint, load
-from .preparing import prepare
+from .prepared import Prepared, fingerprint, load, prepare
 from .tiered import FullBatches, Tiered
 
 __all__ = [

@@ -22,7 +22,7 @@ Run = Callable[[torch.Tensor], Any]
 # What each back end can compute in
 DTYPES = {
     "eager": (torch.float32, torch.bfloat16, torch.float16),
-    "inductor": (torch.float32, torch.bfloat16, torch.float16, torch.int8),
+    "inductor": (torch.float32, torch.bfloat16, torch.float16),
     "onnxruntime": (torch.float32,),
     "openvino": (torch.float32, torch.bfloat16),
 }
@@ -50,20 +50,11 @@ def has_compiler() -> bool:
     return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
 
 
-def capture(network: nn.Module, example: torch.Tensor) -> ExportedProgram:
-    """The network as a graph for any number of images, or, where it cannot be had, for as many as the example has."""
-    two = torch.cat([example[:1]] * 2)  # PyTorch takes a batch of one for a constant
-    try:
-        return torch.export.export(network, (two,), dynamic_shapes=({0: Dim("batch", min=1)},))
-    except Exception:  # of any kind; what is wrong with the model itself fails again
-        return torch.export.export(network, (example,))
-
-
-def write(backend: str, network: nn.Module, example: torch.Tensor, folder: Path) -> ExportedProgram:
+def write(backend: str, network: Network, example: torch.Tensor, folder: Path) -> ExportedProgram:
     """Compile a network into an empty folder; returns its graph."""
-    if backend == "openvino" and isinstance(network, Network):
+    if backend == "openvino":
         network = Network(copy.deepcopy(network.model), torch.float32)  # OpenVINO rounds by itself
-    program = capture(network, example)
+    program = _capture(network, example)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _WRITERS[backend](program, folder)
@@ -76,6 +67,15 @@ def read(backend: str, dtype: torch.dtype, folder: Path) -> Run:
     What it returns holds the model's outputs in order, not always nested as the model nests them.
     """
     return _READERS[backend](folder, dtype)
+
+
+def _capture(network: Network, example: torch.Tensor) -> ExportedProgram:
+    """The network as a graph for any number of images, or, where it cannot be had, for as many as the example has."""
+    two = torch.cat([example[:1]] * 2)  # PyTorch takes a batch of one for a constant
+    try:
+        return torch.export.export(network, (two,), dynamic_shapes=({0: Dim("batch", min=1)},))
+    except Exception:  # of any kind; what is wrong with the model itself fails again
+        return torch.export.export(network, (example,))
 
 
 def _write_inductor(program: ExportedProgram, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import platform
 import zipfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,25 @@ ABOUT = "about.json"
 
 @dataclass(frozen=True)
 class About:
-    """What a prepared model was made of and for.
+    """What a saved file says of itself.
 
     Args:
         backend: What computes.
         dtype: What it computes in, such as 'float32'.
         shape: Of the example, (b, c, h, w).
-        sha256: The `fingerprint` of the model.
-        any_batch: Whether it takes any number of images, or as many as the example alone.
+        any_batch: Whether it takes any number of images, or those of `shape` alone.
         outputs: How the model nests its outputs, as PyTorch's TreeSpec in JSON.
+        sha256: The `fingerprint` of the model.
         needs: Of machine code: the system, processor and PyTorch that it was made for.
-        float_layers: Of int8: the convolutions and linear layers that are not.
-        difference: Of int8: the norm of what changed in the outputs for the calibration images, over their own.
     """
 
     backend: str
     dtype: str
     shape: list[int]
+    any_batch: bool
+    outputs: str
     sha256: str
-    any_batch: bool = False
-    outputs: str = ""
-    needs: dict[str, Any] = field(default_factory=dict)
-    float_layers: list[str] = field(default_factory=list)
-    difference: float | None = None
+    needs: dict[str, Any]
 
 
 def pack(path: Path, about: About, folder: Path) -> None:

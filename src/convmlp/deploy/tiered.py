@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import __version__
 from ..common.errors import CheckpointError
-from .prepared import Prepared, fingerprint, load
-from .preparing import prepare
+from .prepared import Prepared, fingerprint, load, prepare
 
 COMPILING, LOADING = 40, 2  # seconds, about
 GAINS = {torch.float32: 1.3, torch.bfloat16: 2.5, torch.float16: 2.5}  # at least; tools/benchmark.py measures them
