@@ -142,8 +142,9 @@ def _draw_panel(panel: Axes, results: Sequence[Result], costs: Sequence[float], 
         panel.plot([cost, cost], [min(each.top1), max(each.top1)], color=colour)
         panel.plot(cost, mean, "o", color=colour)
         points.append(Point(cost, mean, f"{each.name} ({mean:.1f})", is_ours))
-    panel.set(xscale="log", xlabel=title, ylabel=f"top-1 on {N_TEST} test images, %")
+    panel.set(xlabel=title, ylabel=f"top-1 on {N_TEST} test images, %")
     panel.margins(x=0.1, y=0.08)
+    panel.set_xlim(left=0)
     panel.grid(alpha=0.3)
     label_points(panel, points)
 
