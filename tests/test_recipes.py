@@ -63,7 +63,7 @@ PRINTS: dict[str, list[str]] = {
     ],
     "onnxruntime": [r"class: \w", r"same classes as PyTorch: True", r"logit: \d\.\de-0[5-9] of"],
     "openvino": [
-        r"onnx: classes \[\d+ \d+\], difference \d\.\de-0[5-9]",
+        r"onnx: classes \[ *\d+ +\d+\], difference \d\.\de-0[5-9]",
         r"alone: True",
         r"xml: classes .* difference \d\.\de-0[3-9]",
         r"alone: True",
